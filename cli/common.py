@@ -1,0 +1,66 @@
+"""Options and opening of a run, as the commands share them."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from .progress import make_progress
+
+if TYPE_CHECKING:
+    from ..runfolder import RunContext
+    from ..stage import Worker
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+run_file = click.argument("run_file", metavar="RUN.yaml", type=click.Path(path_type=Path))
+
+
+def stage_options(function: Command) -> Command:
+    """RUN.yaml and --round."""
+    option = click.option("--round", "round_index", type=click.IntRange(min=0), required=True)
+    return run_file(option(function))
+
+
+def worker_option(function: Command) -> Command:
+    """--worker i/n."""
+    option = click.option(
+        "--worker",
+        default="0/1",
+        metavar="I/N",
+        help="this worker's index and the number of workers, such as 2/8",
+        show_default=True,
+    )
+    return option(function)
+
+
+def parse_worker(text: str) -> "Worker":
+    """``i/n`` as a worker."""
+    from ..stage import Worker
+
+    try:
+        index, count = (int(part) for part in text.split("/"))
+    except ValueError:
+        index, count = -1, 0
+    if not 0 <= index < count:
+        raise click.BadParameter("expected I/N with 0 <= I < N, such as 2/8", param_hint="--worker")
+    return Worker(index, count)
+
+
+def open_context(path: Path, worker: str = "0/1", round_index: int = 0) -> "RunContext":
+    """The run of a run file, checked, resolved and opened."""
+    from ..errors import ConfigError
+    from ..runfile import load_run
+    from ..runfolder import open_run
+
+    parsed = parse_worker(worker)
+    config = load_run(path)
+    if round_index > config.rounds:
+        raise ConfigError(
+            f"there is no round {round_index}",
+            where=path,
+            expected=f"at most {config.rounds - 1}",
+            remedy="raise 'rounds'",
+        )
+    return open_run(config, make_progress(), parsed)

@@ -1,0 +1,18 @@
+"""``opdcache rollout``."""
+
+from pathlib import Path
+
+import click
+
+from .common import open_context, stage_options, worker_option
+
+
+@click.command("rollout")
+@stage_options
+@worker_option
+def command(run_file: Path, round_index: int, worker: str) -> None:
+    """Sample a round's completions with vLLM, and its held-out ones."""
+    context = open_context(run_file, worker, round_index)
+    from ..rollout.stage import run
+
+    run(context, round_index)

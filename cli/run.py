@@ -1,0 +1,20 @@
+"""``opdcache run``."""
+
+from pathlib import Path
+
+import click
+
+from .common import run_file
+
+
+@click.command("run")
+@run_file
+@click.pass_context
+def command(context: click.Context, run_file: Path) -> None:
+    """Alternate rollout, score and train over all rounds, each stage in a process of its own.
+
+    Stages that are done are left alone, so the same command goes on after any interruption.
+    """
+    from ..jobs.local import run
+
+    context.exit(run(run_file))

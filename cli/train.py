@@ -1,0 +1,17 @@
+"""``opdcache train``."""
+
+from pathlib import Path
+
+import click
+
+from .common import open_context, stage_options
+
+
+@click.command("train")
+@stage_options
+def command(run_file: Path, round_index: int) -> None:
+    """Train a round's student on its scored completions, and export the next one."""
+    context = open_context(run_file, round_index=round_index)
+    from ..train.stage import run
+
+    run(context, round_index)

@@ -1,0 +1,1 @@
+"""Launchers that carry out a run's plan, and ready runs."""

@@ -1,0 +1,40 @@
+"""Carries out a run's plan on this machine, a process a stage.
+
+A stage in a process of its own gives all its memory back before the next model is loaded.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from ..rounds import is_done, steps
+from ..runfile import load_run
+from ..runfolder import RunFolder
+
+
+def run(run_file: Path) -> int:
+    """Run every stage that is not done, in order; the exit code of the first that fails, or 0."""
+    config = load_run(run_file)
+    assert config.output is not None
+    folder = RunFolder(Path(config.output))
+    left = [step for step in steps(config) if not is_done(folder, step)]
+    if not left:
+        print(f"all {config.rounds} rounds are done, nothing to do", file=sys.stderr)
+    for step in left:
+        code = run_command(step.stage, str(run_file), "--round", str(step.round))
+        if code:
+            return code
+    return 0
+
+
+def run_command(*arguments: str) -> int:
+    """One ``opdcache`` command in a process of its own; its exit code."""
+    command = [sys.executable, "-m", "opdcache.cli.main", *arguments]
+    return subprocess.run(command, env=_environment(), check=False).returncode
+
+
+def _environment() -> dict[str, str]:
+    """All cores for the one worker: vLLM would otherwise take a single thread."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {"OMP_NUM_THREADS": str(cores or 1), **os.environ}

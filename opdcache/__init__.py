@@ -1,0 +1,1 @@
+"""Offline-cached batch engine for on-policy distillation of language models."""

@@ -1,0 +1,193 @@
+"""Every error that users meet, as one tree.
+
+::
+
+    OpdcacheError             OPD000  exit 1
+    ├── UsageError            OPD100  exit 2   the user's input; nothing was started
+    │   ├── ConfigError       OPD101           unknown key, wrong type, contradiction
+    │   ├── PromptError       OPD102           source missing, empty, malformed row
+    │   ├── ModelError        OPD103           missing, incomplete, of another kind
+    │   ├── TokenizerMismatch OPD104           models do not share token ids
+    │   ├── LossError         OPD105           a loss lacks a stored column
+    │   └── RunChanged        OPD106           the run file is not what the run began with
+    ├── StoreError            OPD200  exit 1   storage refused or lost something
+    │   ├── ObjectMissing     OPD201           an object that should be there is not
+    │   ├── StoreFull         OPD202           no space left
+    │   └── StoreUnavailable  OPD203  exit 75  a fault that may pass
+    ├── IntegrityError        OPD300  exit 3   what is stored is not what was committed
+    │   ├── ChecksumMismatch  OPD301
+    │   ├── UnknownSchema     OPD302           written by a later version
+    │   └── InvalidShard      OPD303           contents contradict the format
+    └── StageError            OPD400  exit 1   a stage could not do its work
+        ├── InputsMissing     OPD401  exit 75  an earlier stage is not done
+        ├── EngineError       OPD402           an engine gave something unusable
+        └── Interrupted       OPD403  exit 75  stopped on request; run again to go on
+
+Codes are append-only. A message is one line: where, what, expected and found, what to
+do next.
+"""
+
+
+class OpdcacheError(Exception):
+    """Base of the tree. ``str(error)`` is the whole one-line message.
+
+    Args:
+        what: what is wrong, as a sentence without a full stop.
+        where: the place: a file and line, an object's path, a shard key and row.
+        expected: what should have been there.
+        got: what was there instead.
+        remedy: what the reader can do next.
+    """
+
+    code = "OPD000"
+    exit_code = 1
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        where: object = None,
+        expected: object = None,
+        got: object = None,
+        remedy: str | None = None,
+    ) -> None:
+        self.what, self.where, self.expected, self.got = what, where, expected, got
+        self.remedy = remedy
+        message = what if where is None else f"{where}: {what}"
+        if expected is not None or got is not None:
+            parts = [("expected", expected), ("got", got)]
+            said = ", ".join(f"{name} {value}" for name, value in parts if value is not None)
+            message += f" ({said})"
+        if remedy is not None:
+            message += f"; {remedy}"
+        super().__init__(" ".join(message.split()))
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """Pickle by message and fields, so that errors cross process boundaries whole."""
+        return _rebuild, (type(self), self.args[0], self.__dict__)
+
+
+def _rebuild(kind: type[OpdcacheError], message: str, fields: dict[str, object]) -> OpdcacheError:
+    error = kind.__new__(kind)
+    error.args = (message,)
+    error.__dict__.update(fields)
+    return error
+
+
+class UsageError(OpdcacheError):
+    """The user's input is wrong; nothing was started."""
+
+    code = "OPD100"
+    exit_code = 2
+
+
+class ConfigError(UsageError):
+    """The run file has an unknown key, a wrong type or contradicting values."""
+
+    code = "OPD101"
+
+
+class PromptError(UsageError):
+    """A prompt source is missing, empty or malformed."""
+
+    code = "OPD102"
+
+
+class ModelError(UsageError):
+    """A model folder is missing, incomplete or of an unsupported kind."""
+
+    code = "OPD103"
+
+
+class TokenizerMismatch(UsageError):
+    """Teacher and student do not share token ids."""
+
+    code = "OPD104"
+
+
+class LossError(UsageError):
+    """A loss is meaningless, or needs a column that is not stored."""
+
+    code = "OPD105"
+
+
+class RunChanged(UsageError):
+    """The run file no longer says what the run began with."""
+
+    code = "OPD106"
+
+
+class StoreError(OpdcacheError):
+    """Storage refused or lost something."""
+
+    code = "OPD200"
+
+
+class ObjectMissing(StoreError):
+    """An object that a manifest names is not there."""
+
+    code = "OPD201"
+
+
+class StoreFull(StoreError):
+    """No space is left where the store writes."""
+
+    code = "OPD202"
+
+
+class StoreUnavailable(StoreError):
+    """A fault of the store that may pass."""
+
+    code = "OPD203"
+    exit_code = 75
+
+
+class IntegrityError(OpdcacheError):
+    """What is stored is not what was committed."""
+
+    code = "OPD300"
+    exit_code = 3
+
+
+class ChecksumMismatch(IntegrityError):
+    """An object's bytes do not have the manifest's SHA-256."""
+
+    code = "OPD301"
+
+
+class UnknownSchema(IntegrityError):
+    """A shard was written by a later, incompatible version of the format."""
+
+    code = "OPD302"
+
+
+class InvalidShard(IntegrityError):
+    """A shard's contents contradict the format."""
+
+    code = "OPD303"
+
+
+class StageError(OpdcacheError):
+    """A stage could not do its work."""
+
+    code = "OPD400"
+
+
+class InputsMissing(StageError):
+    """An earlier stage of the round is not done."""
+
+    code = "OPD401"
+    exit_code = 75
+
+
+class EngineError(StageError):
+    """An engine gave something unusable."""
+
+    code = "OPD402"
+
+
+class Interrupted(StageError):
+    """The stage was asked to stop; the same command goes on where it stopped."""
+
+    code = "OPD403"
+    exit_code = 75

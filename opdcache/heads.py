@@ -1,0 +1,308 @@
+"""LM-head operations that never hold [T, V]: what scoring, learning and evaluation share.
+
+Logits are made for a chunk of tokens at a time, in float32 whatever the weights' dtype, and used up
+before the next chunk. Log-probs are natural, at temperature 1, over the full vocabulary.
+
+Legend: T tokens, V vocabulary (rows of the head, padding included), D width, K support, S recorded.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import ModelError
+
+CHUNK_TOKENS = 512
+
+
+@dataclass(frozen=True, slots=True)
+class StudentStats:
+    """By-products of ``support_statistics``; no gradient flows through them.
+
+    Attributes:
+        entropy_T: float32 [T], nats.
+        threshold_T: float32 [T], log-prob of the k-th likeliest id: an id is in the student's top-k
+            when its log-prob reaches this.
+    """
+
+    entropy_T: Tensor
+    threshold_T: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class TeacherStats:
+    """What a scorer takes from a teacher's distributions.
+
+    Attributes:
+        sampled_T: float32 [T], log-prob of the sampled token.
+        entropy_T: float32 [T], nats.
+        topk_ids_TK: int64 [T, K], likeliest first.
+        topk_TK: float32 [T, K], their log-probs.
+        num_kept_T: int64 [T], entries kept under the mass threshold.
+        tail_T: float32 [T], log of the mass outside the kept entries, summed over those.
+        gathered_TS: float32 [T, S], log-probs of the ids asked for.
+        gathered_tail_T: float32 [T], log of the mass outside those, summed over it.
+    """
+
+    sampled_T: Tensor
+    entropy_T: Tensor
+    topk_ids_TK: Tensor
+    topk_TK: Tensor
+    num_kept_T: Tensor
+    tail_T: Tensor
+    gathered_TS: Tensor
+    gathered_tail_T: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Divergence:
+    """Exact full-vocabulary comparison of a student p and a teacher q, a value a token.
+
+    Attributes:
+        reverse_kl_T: KL(p || q), nats.
+        student_entropy_T: H(p), nats.
+        teacher_entropy_T: H(q), nats.
+        overlap_T: share of the k likeliest ids of p that are among those of q.
+    """
+
+    reverse_kl_T: Tensor
+    student_entropy_T: Tensor
+    teacher_entropy_T: Tensor
+    overlap_T: Tensor
+
+
+def support_logprobs(
+    hidden_TD: Tensor, weight_VD: Tensor, ids_TK: Tensor, *, chunk_tokens: int = CHUNK_TOKENS
+) -> Tensor:
+    """Log-probs of the ids in each token's support, differentiable, without holding [T, V].
+
+    Since ``log p(v) = z_v - logsumexp(z)``, the gradient of any loss on these values is
+    ``scatter(g) - softmax(z) * sum(g)`` on the logits, which the backward pass makes again.
+
+    Args:
+        hidden_TD: hidden states that predict the tokens.
+        weight_VD: LM head.
+        ids_TK: int64, ids to gather; the same id may stand more than once.
+        chunk_tokens: tokens whose logits are held at a time.
+
+    Returns:
+        float32 [T, K], nats.
+    """
+    return support_statistics(hidden_TD, weight_VD, ids_TK, topk=1, chunk_tokens=chunk_tokens)[0]
+
+
+def support_statistics(
+    hidden_TD: Tensor,
+    weight_VD: Tensor,
+    ids_TK: Tensor,
+    *,
+    topk: int,
+    chunk_tokens: int = CHUNK_TOKENS,
+) -> tuple[Tensor, StudentStats]:
+    """``support_logprobs``, and statistics of the same distributions from the same pass.
+
+    Args:
+        topk: the k of ``StudentStats.threshold_T``.
+    """
+    logprobs, entropy, threshold = _SupportLogprobs.apply(
+        hidden_TD, weight_VD, ids_TK, min(topk, weight_VD.shape[0]), chunk_tokens
+    )  # type: ignore[no-untyped-call]
+    return logprobs, StudentStats(entropy, threshold)
+
+
+class _SupportLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_TD: Tensor, weight_VD: Tensor, ids_TK: Tensor, topk: int, chunk_tokens: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        num_tokens = hidden_TD.shape[0]
+        logprobs_TK = hidden_TD.new_empty(ids_TK.shape, dtype=torch.float32)
+        lse_T, entropy_T, threshold_T = hidden_TD.new_empty((3, num_tokens), dtype=torch.float32)
+        weight = _matmul_ready(weight_VD)
+        for part in _chunks(num_tokens, chunk_tokens):
+            logits_CV = _matmul(hidden_TD[part], weight.t())
+            lse_C = torch.logsumexp(logits_CV, dim=1)
+            logprobs_TK[part] = logits_CV.gather(1, ids_TK[part]) - lse_C[:, None]
+            threshold_T[part] = logits_CV.topk(topk, dim=1).values[:, -1] - lse_C
+            entropy_T[part] = _entropy(logits_CV, lse_C)
+            lse_T[part] = lse_C
+        ctx.save_for_backward(hidden_TD, weight_VD, ids_TK, lse_T)
+        ctx.chunk_tokens = chunk_tokens
+        ctx.mark_non_differentiable(entropy_T, threshold_T)
+        return logprobs_TK, entropy_T, threshold_T
+
+    @staticmethod
+    def backward(ctx: Any, grad_TK: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        hidden_TD, weight_VD, ids_TK, lse_T = ctx.saved_tensors
+        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
+        weight = _matmul_ready(weight_VD)
+        grad_hidden_TD = torch.empty_like(hidden_TD) if needs_hidden else None
+        grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if needs_weight else None
+        for part in _chunks(hidden_TD.shape[0], ctx.chunk_tokens):
+            logits_CV = _matmul(hidden_TD[part], weight.t())
+            grad_CV = logits_CV.sub_(lse_T[part, None]).exp_()
+            grad_CV.mul_(-grad_TK[part].sum(dim=1, keepdim=True))
+            grad_CV.scatter_add_(1, ids_TK[part], grad_TK[part])
+            if grad_hidden_TD is not None:
+                grad_hidden_TD[part] = _matmul(grad_CV, weight).to(hidden_TD.dtype)
+            if grad_weight_VD is not None:
+                grad_weight_VD += _matmul(grad_CV.t(), hidden_TD[part])
+        if grad_weight_VD is not None:
+            grad_weight_VD = grad_weight_VD.to(weight_VD.dtype)
+        return grad_hidden_TD, grad_weight_VD, None, None, None
+
+
+@torch.no_grad()
+def teacher_statistics(
+    hidden_TD: Tensor,
+    weight_VD: Tensor,
+    sampled_T: Tensor,
+    gather_TS: Tensor,
+    *,
+    k: int,
+    mass: float,
+    chunk_tokens: int = CHUNK_TOKENS,
+) -> TeacherStats:
+    """Everything that is stored of a teacher's distributions, in one pass over the head.
+
+    The tail is summed over what is outside the kept entries; ``1 - sum(kept)`` would lose it to
+    rounding where it is small.
+
+    Args:
+        sampled_T: int64 [T], the tokens that were sampled.
+        gather_TS: int64 [T, S], more ids to look up; S may be 0.
+        k: kept entries at most; fewer when the vocabulary is smaller.
+        mass: entries are kept until they hold this mass; 1 keeps k.
+    """
+    weight = _matmul_ready(weight_VD)
+    k = min(k, weight_VD.shape[0])
+    rows = []
+    for part in _chunks(hidden_TD.shape[0], chunk_tokens):
+        logits_CV = _matmul(hidden_TD[part], weight.t())
+        lse_C = torch.logsumexp(logits_CV, dim=1)
+        sampled_C = logits_CV.gather(1, sampled_T[part, None])[:, 0] - lse_C
+        gathered_CS = logits_CV.gather(1, gather_TS[part])
+        entropy_C = _entropy(logits_CV, lse_C)
+        top = logits_CV.topk(k, dim=1)
+        topk_CK = top.values - lse_C[:, None]
+        kept_CK = _within_mass(topk_CK, mass)
+        tail_C = _log_mass_without(logits_CV, top.indices, kept_CK) - lse_C
+        everywhere = torch.ones_like(gathered_CS, dtype=torch.bool)
+        outside_C = _log_mass_without(logits_CV, gather_TS[part], everywhere) - lse_C
+        gathered_CS = gathered_CS - lse_C[:, None]
+        rows.append(
+            (
+                sampled_C,
+                entropy_C,
+                top.indices,
+                topk_CK,
+                kept_CK.sum(1),
+                tail_C,
+                gathered_CS,
+                outside_C,
+            )
+        )
+    if not rows:
+        return _no_stats(hidden_TD, k, gather_TS.shape[1])
+    return TeacherStats(*(torch.cat(column) for column in zip(*rows, strict=True)))
+
+
+@torch.no_grad()
+def divergence(
+    student: tuple[Tensor, Tensor],
+    teacher: tuple[Tensor, Tensor],
+    *,
+    k: int,
+    chunk_tokens: int = 256,
+) -> Divergence:
+    """Student against teacher over the full vocabulary; each is (hidden [T, D], weight [V, D]).
+
+    Where the padded sizes differ, only the ids that both have are compared.
+    """
+    vocab = min(student[1].shape[0], teacher[1].shape[0])
+    weights = [_matmul_ready(weight[:vocab]) for _, weight in (student, teacher)]
+    rows = []
+    for part in _chunks(student[0].shape[0], chunk_tokens):
+        p, q = (
+            torch.log_softmax(_matmul(hidden[part], weight.t()), dim=1)
+            for (hidden, _), weight in zip((student, teacher), weights, strict=True)
+        )
+        mass = p.exp()
+        top_p, top_q = p.topk(k, dim=1).indices, q.topk(k, dim=1).indices
+        shared = (top_p[:, :, None] == top_q[:, None, :]).any(dim=2).float().mean(dim=1)
+        kl, entropy_q = (mass * (p - q)).sum(dim=1), -(q.exp() * q).sum(dim=1)
+        rows.append((kl, -(mass * p).sum(dim=1), entropy_q, shared))
+    return Divergence(*(torch.cat(column) for column in zip(*rows, strict=True)))
+
+
+def split_head(model: nn.Module, where: Path) -> tuple[nn.Module, nn.Linear]:
+    """A causal LM as (body, head), checked: head(body's last hidden state) are its logits.
+
+    Raises:
+        ModelError: they are not (a bias, a soft cap, a scale), so log-probs would be wrong.
+    """
+    body: nn.Module = model.base_model  # type: ignore[assignment]
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    if not isinstance(head, nn.Linear) or head.bias is not None:
+        raise ModelError("the LM head is not a plain linear map", where=where)
+    probe = torch.tensor([[1, 2, 3]], device=head.weight.device)
+    with torch.no_grad():
+        ours = head(body(input_ids=probe).last_hidden_state).float()
+        theirs = model(input_ids=probe).logits.float()
+    if not torch.allclose(ours, theirs, rtol=2e-2, atol=2e-2):
+        raise ModelError(
+            "logits are not the LM head applied to the last hidden state",
+            where=where,
+            remedy="models with a logit soft cap or scale are not supported",
+        )
+    return body, head
+
+
+def _within_mass(topk_CK: Tensor, mass: float) -> Tensor:
+    """Entries needed to hold the mass: those before which less than it is held."""
+    if mass >= 1:
+        return torch.ones_like(topk_CK, dtype=torch.bool)
+    held = topk_CK.exp()
+    return held.cumsum(dim=1) - held < mass
+
+
+def _log_mass_without(logits_CV: Tensor, ids_CK: Tensor, masked_CK: Tensor) -> Tensor:
+    """``logsumexp`` over all but the masked ids; the logits are as before when it returns."""
+    values_CK = logits_CV.gather(1, ids_CK)
+    logits_CV.scatter_(1, ids_CK, values_CK.masked_fill(masked_CK, -torch.inf))
+    rest_C = torch.logsumexp(logits_CV, dim=1)
+    logits_CV.scatter_(1, ids_CK, values_CK)
+    return rest_C
+
+
+def _entropy(logits_CV: Tensor, lse_C: Tensor) -> Tensor:
+    """Entropy in nats: ``logsumexp(z) - sum(p z)``."""
+    probs_CV = (logits_CV - lse_C[:, None]).exp_()
+    return lse_C - probs_CV.mul_(logits_CV).sum(dim=1)
+
+
+def _no_stats(hidden_TD: Tensor, k: int, width: int) -> TeacherStats:
+    flat, ids = hidden_TD.new_empty(0, dtype=torch.float32), torch.empty((0, k), dtype=torch.long)
+    pairs, gathered = flat.reshape(0, k), flat.reshape(0, width)
+    return TeacherStats(flat, flat, ids, pairs, ids.sum(1), flat, gathered, flat)
+
+
+def _chunks(num_tokens: int, chunk_tokens: int) -> Iterator[slice]:
+    for start in range(0, num_tokens, chunk_tokens):
+        yield slice(start, min(start + chunk_tokens, num_tokens))
+
+
+def _matmul_ready(weight_VD: Tensor) -> Tensor:
+    """CPUs multiply in float32, from one copy of the head; accelerators take it as it is."""
+    return weight_VD.float() if weight_VD.device.type == "cpu" else weight_VD
+
+
+def _matmul(left: Tensor, right: Tensor) -> Tensor:
+    """Product with float32 accumulation and a float32 result."""
+    if right.dtype == torch.float32 or left.device.type == "cpu":
+        return left.float() @ right.float()
+    return torch.mm(left.to(right.dtype), right, out_dtype=torch.float32)

@@ -1,0 +1,32 @@
+"""Loading causal LMs in Hugging Face format, on whatever device torch finds."""
+
+import os
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from .errors import ModelError
+
+
+def load_model(folder: Path, dtype: str, device: torch.device) -> nn.Module:
+    """A causal LM in the given dtype, on the device, in evaluation mode.
+
+    Raises:
+        ModelError: transformers cannot load it.
+    """
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model: nn.Module = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(f"cannot be loaded: {reason}", where=folder) from error
+    return model.to(device).eval()
+
+
+def default_device() -> torch.device:
+    """The accelerator that torch finds, or the CPU."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    return accelerator or torch.device("cpu")

@@ -1,0 +1,113 @@
+"""Loads a run file: YAML to a checked ``RunConfig`` with absolute paths, or one clear error."""
+
+import difflib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from .errors import ConfigError
+from .schemas.config import PromptSource, ReasoningGymSource, RunConfig
+
+
+def load_run(path: Path) -> RunConfig:
+    """The run file's configuration, its relative paths resolved against the file's folder.
+
+    Raises:
+        ConfigError: the file is missing, not YAML, or not a valid run; names the key at fault.
+    """
+    try:
+        raw = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise ConfigError(
+            f"run file cannot be read: {error.strerror}",
+            where=path,
+            remedy="give the path of a run.yaml ('opdcache demo' writes one)",
+        ) from error
+    except yaml.YAMLError as error:
+        place = getattr(error, "problem_mark", None)
+        line = f":{place.line + 1}" if place else ""
+        raise ConfigError(
+            f"not YAML: {getattr(error, 'problem', error)}", where=f"{path}{line}"
+        ) from error
+    if not isinstance(raw, dict):
+        raise ConfigError("a run file is a mapping", where=path, got=type(raw).__name__)
+    try:
+        config = RunConfig.model_validate(raw)
+    except ValidationError as error:
+        raise _explain(error, path) from error
+    return _absolute(config, path)
+
+
+def _explain(error: ValidationError, path: Path) -> ConfigError:
+    """The first fault as one line; a misspelt key gets its near match."""
+    first, rest = error.errors()[0], len(error.errors()) - 1
+    loc = [str(part) for part in first["loc"]]
+    more = f" ({rest} more)" if rest else ""
+    if first["type"] == "extra_forbidden":
+        known = _known_keys(loc[:-1])
+        near = difflib.get_close_matches(loc[-1], known, n=1)
+        remedy = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
+        return ConfigError(f"unknown key {'.'.join(loc)!r}{more}", where=path, remedy=remedy)
+    message = first["msg"].removeprefix("Value error, ")
+    place = f"{'.'.join(loc)}: " if loc else ""
+    got = None
+    if first["type"] not in {"value_error", "missing"} and not isinstance(first["input"], dict):
+        got = repr(first["input"])
+    return ConfigError(f"{place}{message}{more}", where=path, got=got)
+
+
+def _known_keys(loc: Iterable[str]) -> list[str]:
+    """Field names at a place of the run file; unions are searched by their discriminator."""
+    models: list[type[BaseModel]] = [RunConfig]
+    for part in loc:
+        named = [m.model_fields[part].annotation for m in models if part in m.model_fields]
+        if named:
+            models = [m for annotation in named for m in _models(annotation)]
+        else:
+            models = [m for m in models if _tag(m) == part] or models
+    return sorted({name for model in models for name in model.model_fields})
+
+
+def _models(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for inner in get_args(annotation) for model in _models(inner)]
+
+
+def _tag(model: type[BaseModel]) -> str | None:
+    field = model.model_fields.get("type")
+    return get_args(field.annotation)[0] if field is not None else None
+
+
+def _absolute(config: RunConfig, path: Path) -> RunConfig:
+    """Paths of a run file are relative to the file, wherever the command is run."""
+    base = path.resolve().parent
+
+    def local(value: str) -> str:
+        return value if "://" in value else str(base / Path(value).expanduser())
+
+    def model(value: str) -> str:
+        """A folder if there is one, or if it can only be a path; else a hub id."""
+        folder = base / Path(value).expanduser()
+        is_path = value.startswith((".", "/", "~")) or value.count("/") != 1
+        return str(folder) if folder.exists() or is_path else value
+
+    def source(value: PromptSource) -> PromptSource:
+        if isinstance(value, ReasoningGymSource):
+            return value
+        return value.model_copy(update={"path": local(value.path)})
+
+    update: dict[str, Any] = {
+        "cache": local(config.cache),
+        "output": local(config.output or path.stem),
+        "student": config.student.model_copy(update={"model": model(config.student.model)}),
+        "teacher": config.teacher.model_copy(update={"model": model(config.teacher.model)}),
+        "prompts": config.prompts.model_copy(update={"source": source(config.prompts.source)}),
+    }
+    if config.evaluation is not None:
+        held_out = {"source": source(config.evaluation.source)}
+        update["evaluation"] = config.evaluation.model_copy(update=held_out)
+    return config.model_copy(update=update)

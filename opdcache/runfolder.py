@@ -1,0 +1,297 @@
+"""A run's folder: what the run resolved to, its round files, its students.
+
+Round files are written once, by exclusive create, when a stage of a round is complete; which
+stages are done is read from them and from nothing else.
+"""
+
+import json
+import os
+import secrets
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TypeVar
+
+from pydantic import ValidationError
+
+from .errors import InputsMissing, InvalidShard, ModelError, RunChanged, TokenizerMismatch
+from .identity import (
+    FileHashes,
+    model_config,
+    model_fingerprint,
+    model_vocab_size,
+    vocabulary_difference,
+    vocabulary_fingerprint,
+)
+from .prompts import Tokenizer
+from .schemas.base import Model
+from .schemas.config import ModelRef, RunConfig
+from .schemas.rounds import (
+    EvaluationRound,
+    Resolved,
+    RolloutRound,
+    RoundFile,
+    ScoreRound,
+    Stage,
+    StagePlan,
+    TrainRound,
+)
+from .stage import Progress, Worker
+from .store.cache import Cache
+
+AnyFile = TypeVar("AnyFile", bound=Model)
+AnyRound = TypeVar("AnyRound", bound=RoundFile)
+_FILES: dict[type[Model], str] = {
+    RolloutRound: "rollout.json",
+    ScoreRound: "score.json",
+    TrainRound: "train.json",
+    EvaluationRound: "evaluation.json",
+}
+_MAY_CHANGE = ("rounds", "output", "evaluation")
+
+
+class RunFolder:
+    """Paths and files of one run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def round_path(self, round_index: int) -> Path:
+        """Folder of a round's files."""
+        return self.path / "rounds" / f"{round_index:03d}"
+
+    def student_path(self, round_index: int) -> Path:
+        """Where the policy of a round, from 1 on, is exported."""
+        return self.path / "students" / f"{round_index:03d}"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where the learner's state is."""
+        return self.path / "checkpoints"
+
+    @property
+    def hashes(self) -> FileHashes:
+        """Hashes of model files, remembered in this folder."""
+        return FileHashes(self.path / "file-hashes.json")
+
+    def find(self, kind: type[AnyRound], round_index: int) -> AnyRound | None:
+        """A round's file; None when that stage is not done."""
+        return _read(kind, self.round_path(round_index) / _FILES[kind])
+
+    def need(self, kind: type[AnyRound], round_index: int) -> AnyRound:
+        """A round's file that a later stage builds on.
+
+        Raises:
+            InputsMissing: that stage is not done.
+        """
+        found = self.find(kind, round_index)
+        if found is None:
+            stage = _FILES[kind].removesuffix(".json")
+            raise InputsMissing(
+                f"round {round_index} has no finished {stage} stage",
+                where=self.path,
+                remedy=f"run 'opdcache {stage} RUN.yaml --round {round_index}' first",
+            )
+        return found
+
+    def write(self, value: RoundFile) -> None:
+        """Write a round's file unless it is there: the first worker that finishes a stage does."""
+        _create(self.round_path(value.round) / _FILES[type(value)], value)
+
+    def write_plan(self, stage: Stage, round_index: int, plan: StagePlan) -> None:
+        """Note what a stage sets out to make, unless an earlier call did."""
+        _create(self._plan_path(stage, round_index), plan)
+
+    def find_plan(self, stage: Stage, round_index: int) -> StagePlan | None:
+        """What a stage set out to make; None when it has not begun."""
+        return _read(StagePlan, self._plan_path(stage, round_index))
+
+    def metrics(self) -> list[dict[str, float]]:
+        """Metrics of the updates so far; a line that a kill cut short is left out."""
+        rows = []
+        with suppress(FileNotFoundError, ValueError):
+            for line in self.metrics_path.read_text().splitlines():
+                rows.append(json.loads(line))  # noqa: PERF401  (keeps the lines before a bad one)
+        return rows
+
+    @property
+    def metrics_path(self) -> Path:
+        """One JSON object an update."""
+        return self.path / "metrics.jsonl"
+
+    def _plan_path(self, stage: Stage, round_index: int) -> Path:
+        return self.round_path(round_index) / f"{stage}.plan.json"
+
+    def resolved(self) -> Resolved | None:
+        """What the run resolved to when it began; None when it has not begun."""
+        return _read(Resolved, self.path / "resolved.json")
+
+
+@dataclass(frozen=True, slots=True)
+class RunContext:
+    """A run as the stages see it."""
+
+    resolved: Resolved
+    folder: RunFolder
+    cache: Cache
+    progress: Progress
+    worker: Worker
+
+    @property
+    def config(self) -> RunConfig:
+        """The run file's configuration."""
+        return self.resolved.config
+
+    def student(self, round_index: int) -> Path:
+        """Folder of the policy that samples in a round.
+
+        Raises:
+            InputsMissing: the round before has not been trained.
+        """
+        if round_index == 0:
+            return model_folder(self.config.student)
+        self.folder.need(TrainRound, round_index - 1)
+        return self.folder.student_path(round_index)
+
+
+def open_run(config: RunConfig, progress: Progress, worker: Worker = Worker()) -> RunContext:  # noqa: B008
+    """Resolve a run file, or check it against what the run resolved to when it began.
+
+    Raises:
+        ModelError: a model is missing or incomplete.
+        TokenizerMismatch: teacher and student do not share token ids.
+        RunChanged: the run file or a model is not what the run began with.
+    """
+    assert config.output is not None
+    folder = RunFolder(Path(config.output))
+    began = folder.resolved()
+    if began is not None:
+        _same(began.config, config, folder)
+    now = _resolve(config, folder, began.run_id if began else secrets.token_hex(8))
+    if began is None:
+        _create(folder.path / "resolved.json", now)
+        began = folder.resolved()
+        assert began is not None
+    for name in ("student", "teacher", "vocabulary"):
+        if getattr(began, name) != getattr(now, name):
+            raise RunChanged(
+                f"the {name} is not the one that this run began with",
+                where=folder.path,
+                expected=getattr(began, name)[:12],
+                got=getattr(now, name)[:12],
+                remedy="restore it, or give the run another output folder",
+            )
+    resolved = began.model_copy(update={"config": config})
+    return RunContext(resolved, folder, Cache(config.cache), progress, worker)
+
+
+def load_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer beside a model.
+
+    Raises:
+        ModelError: there is none.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer: Tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(
+            "no tokenizer beside the model",
+            where=folder,
+            remedy="save it there with tokenizer.save_pretrained",
+        ) from error
+    return tokenizer
+
+
+def model_folder(ref: ModelRef) -> Path:
+    """The model's folder; a hub id is downloaded, or found in the hub's cache.
+
+    Raises:
+        ModelError: neither a folder nor a model of the hub.
+    """
+    if Path(ref.model).is_absolute():
+        return Path(ref.model)
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(ref.model, revision=ref.revision))
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            "neither a model folder nor a model that the hub gives",
+            where=ref.model,
+            remedy="check the path, relative to the run file",
+        ) from error
+
+
+def _resolve(config: RunConfig, folder: RunFolder, run_id: str) -> Resolved:
+    student, teacher = model_folder(config.student), model_folder(config.teacher)
+    sizes = [model_vocab_size(model_config(path)) for path in (student, teacher)]
+    hashes = folder.hashes
+    prints = [model_fingerprint(path, hashes) for path in (student, teacher)]
+    vocabularies = [load_tokenizer(path).get_vocab() for path in (student, teacher)]
+    difference = vocabulary_difference(*vocabularies)
+    if difference is not None:
+        raise TokenizerMismatch(
+            f"teacher and student do not share token ids: {difference}",
+            where=teacher,
+            remedy="choose a teacher with the student's tokenizer",
+        )
+    return Resolved(
+        run_id=run_id,
+        opdcache=version("opdcache"),
+        config=config,
+        student=prints[0],
+        teacher=prints[1],
+        vocabulary=vocabulary_fingerprint(vocabularies[0]),
+        vocab_size=min(sizes),
+    )
+
+
+def _same(began: RunConfig, now: RunConfig, folder: RunFolder) -> None:
+    """A run that is under way keeps its meaning; only what cannot change it may change."""
+    old, new = (c.model_dump(mode="json", exclude=set(_MAY_CHANGE)) for c in (began, now))
+    changed = [name for name in _flat(new) if _flat(old).get(name) != _flat(new)[name]]
+    if changed:
+        raise RunChanged(
+            f"{', '.join(changed[:3])} changed since this run began",
+            where=folder.path,
+            expected=_flat(old).get(changed[0]),
+            got=_flat(new)[changed[0]],
+            remedy="restore it, or set 'output' to another folder (the cache is shared)",
+        )
+
+
+def _flat(value: object, prefix: str = "") -> dict[str, object]:
+    if not isinstance(value, dict):
+        return {prefix: value}
+    return {
+        name: leaf
+        for key, inner in value.items()
+        for name, leaf in _flat(inner, f"{prefix}.{key}" if prefix else key).items()
+    }
+
+
+def _read(kind: type[AnyFile], path: Path) -> AnyFile | None:
+    try:
+        return kind.model_validate_json(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except ValidationError as error:
+        raise InvalidShard(
+            f"not a {kind.__name__} file", where=path, remedy="delete it and run the stage again"
+        ) from error
+
+
+def _create(path: Path, value: Model) -> None:
+    """Write a file whole, unless it is there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    draft.write_text(value.model_dump_json(indent=1) + "\n")
+    try:
+        os.link(draft, path)
+    except FileExistsError:
+        pass
+    finally:
+        draft.unlink()

@@ -1,0 +1,214 @@
+"""Plans a round's score shards and makes those that no committed score set serves."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..heads import TeacherStats
+from ..identity import key_of
+from ..runfolder import RunContext, model_folder
+from ..schemas.manifests import AS_SAMPLED, ScoreIdentity, ScoreManifest, ScoreRequirement
+from ..schemas.rounds import RolloutRound, RolloutShard, ScoredShard, ScoreRound, StagePlan
+from ..stage import give_up, interrupts, make_shards, provenance
+from ..store import codec
+from ..store import rollouts as shards
+from ..store.cache import Attempt, score_commit
+from ..store.scores import GROUP, Scores, StudentTopK, TopK, encode_scores
+from .transformers_scorer import Sequences, TransformersScorer
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreTask:
+    """One score set to be: a rollout shard, and the identity of its scores."""
+
+    rollout: RolloutShard
+    identity: ScoreIdentity
+
+    @property
+    def key(self) -> str:
+        """Key of the score set."""
+        return key_of(self.identity)
+
+
+def run(context: RunContext, round_index: int) -> ScoreRound:
+    """Make what is missing of a round's scores, and write its round file.
+
+    Raises:
+        InputsMissing: the round has no rollouts yet.
+    """
+    done = context.folder.find(ScoreRound, round_index)
+    if done is not None:
+        context.progress.say(f"round {round_index} score: already done, nothing to do")
+        return done
+    started = time.monotonic()
+    rollouts = context.folder.need(RolloutRound, round_index).shards
+    need = requirement(context)
+    tasks = {task.key: task for task in plan_round(context, rollouts)}
+    context.cache.pin(context.resolved.run_id, "scores", tasks)
+    missing = tuple(
+        score_commit(task.rollout.content, need.teacher, task.key)
+        for task in tasks.values()
+        if context.cache.serve(task.rollout.content, need) is None
+    )
+    context.folder.write_plan(
+        "score", round_index, StagePlan(num_shards=len(tasks), missing=missing)
+    )
+    scorer = _Scorer(context)
+    context.progress.begin(f"round {round_index} score", len(tasks), "shards")
+    try:
+        with interrupts(give_up):
+            make_shards(
+                context.cache,
+                "scores",
+                tasks,
+                is_done=lambda task: context.cache.serve(task.rollout.content, need) is not None,
+                compute=scorer.make,
+                worker=context.worker,
+                progress=context.progress,
+            )
+    finally:
+        context.progress.end()
+    listed = tuple(_served(context, rollout, need) for rollout in rollouts)
+    used = [served.key for shard in listed for served in shard.served]
+    context.cache.pin(context.resolved.run_id, "scores", used)
+    context.folder.write(
+        ScoreRound(
+            round=round_index,
+            teacher=need.teacher,
+            shards=listed,
+            elapsed_s=round(time.monotonic() - started, 3),
+        )
+    )
+    return context.folder.need(ScoreRound, round_index)
+
+
+def requirement(context: RunContext) -> ScoreRequirement:
+    """What this run needs of any score set."""
+    config = context.config
+    return ScoreRequirement(
+        teacher=context.resolved.teacher,
+        rendering=AS_SAMPLED,
+        dtype=config.teacher.dtype,
+        columns=config.score_columns,
+        k=config.score.k,
+        mass=config.score.mass,
+        step=config.score.step,
+    )
+
+
+def plan_round(context: RunContext, rollouts: Sequence[RolloutShard]) -> list[ScoreTask]:
+    """The score set that this run would make of each rollout shard."""
+    need = requirement(context)
+    return [
+        ScoreTask(
+            rollout,
+            ScoreIdentity(
+                content=rollout.content,
+                teacher=need.teacher,
+                rendering=need.rendering,
+                dtype=need.dtype,
+                columns=tuple(sorted(need.columns)),
+                k=need.k,
+                mass=need.mass,
+                step=need.step,
+            ),
+        )
+        for rollout in rollouts
+    ]
+
+
+def _served(context: RunContext, rollout: RolloutShard, need: ScoreRequirement) -> ScoredShard:
+    served = context.cache.serve(rollout.content, need)
+    assert served is not None, "the stage made what was missing"
+    return ScoredShard(
+        content=rollout.content,
+        served=tuple(columns for _, columns in served),
+        cached=all(m.provenance.run_id != context.resolved.run_id for m, _ in served),
+    )
+
+
+class _Scorer:
+    """Makes score sets with one teacher, loaded when the first one needs it."""
+
+    def __init__(self, context: RunContext) -> None:
+        self._context = context
+        self._teacher: TransformersScorer | None = None
+
+    def make(self, task: ScoreTask, attempt: Attempt) -> ScoreManifest:
+        """Score one rollout shard into the attempt."""
+        teacher, cache = self._load(), self._context.cache
+        started = time.monotonic()
+        table = cache.read_rollouts(cache.need_rollouts(task.rollout))
+        wants_recorded = "student_topk" in task.identity.columns
+        num_tokens = int(shards.token_offsets(table)[-1])
+        recorded = (
+            shards.flat_tokens(table, "student_topk_ids", np.int64)
+            if wants_recorded
+            else np.zeros((num_tokens, 0), np.int64)
+        )
+        sequences = Sequences(
+            shards.token_lists(table, "prompt_token_ids"),
+            shards.token_lists(table, "completion_token_ids"),
+            recorded,
+        )
+        stats = teacher.score(sequences, k=task.identity.k, mass=task.identity.mass)
+        scores = as_scores(sequences, stats, task.identity)
+        attributes = {
+            "format": "opdcache scores",
+            "identity": task.identity.model_dump(mode="json"),
+        }
+        encoded = encode_scores(scores, step=task.identity.step, attributes=attributes)
+        for path, data in encoded.items():
+            attempt.put(f"{GROUP}/{path}", data)
+        return ScoreManifest(
+            key=task.key,
+            attempt=attempt.name,
+            objects=tuple(attempt.entries),
+            num_rows=table.num_rows,
+            num_tokens=num_tokens,
+            dropped={},
+            provenance=provenance(
+                self._context.resolved.run_id,
+                started=started,
+                num_tokens=num_tokens,
+                details={
+                    "backend": "transformers",
+                    "batch_tokens": self._context.config.score.batch_tokens,
+                },
+            ),
+            identity=task.identity,
+            rollout_key=task.rollout.key,
+            vocab_size=self._context.resolved.vocab_size,
+            clip_floor=codec.clip_floor(task.identity.step),
+        )
+
+    def _load(self) -> TransformersScorer:
+        if self._teacher is None:
+            config = self._context.config
+            folder = model_folder(config.teacher)
+            self._context.progress.say(f"loading the teacher {folder.name}")
+            self._teacher = TransformersScorer(
+                folder, dtype=config.teacher.dtype, batch_tokens=config.score.batch_tokens
+            )
+        return self._teacher
+
+
+def as_scores(sequences: Sequences, stats: TeacherStats, identity: ScoreIdentity) -> Scores:
+    """The stored columns of a teacher's statistics."""
+    wanted = set(identity.columns)
+    topk = TopK(
+        ids=stats.topk_ids_TK.numpy().astype(np.int32),
+        logprobs=stats.topk_TK.numpy(),
+        num_kept=stats.num_kept_T.numpy().astype(np.uint16),
+        tail_logprobs=stats.tail_T.numpy(),
+    )
+    student = StudentTopK(stats.gathered_TS.numpy(), stats.gathered_tail_T.numpy())
+    return Scores(
+        token_offsets=sequences.offsets,
+        sampled_logprobs=stats.sampled_T.numpy() if "sampled" in wanted else None,
+        entropy=stats.entropy_T.numpy() if "entropy" in wanted else None,
+        topk=topk if "topk" in wanted else None,
+        student_topk=student if "student_topk" in wanted else None,
+    )

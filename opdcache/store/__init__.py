@@ -1,0 +1,1 @@
+"""The one door to storage, Parquet and Zarr: codec, shards, commit, claims."""

@@ -1,0 +1,294 @@
+"""The cache: committed shards on one store, found by key or by what is needed of them.
+
+Layout (``docs/format.md``)::
+
+    commits/rollouts/<key>.json                    manifest; its presence commits the shard
+    commits/scores/<content>/<teacher>/<key>.json
+    data/<key[:2]>/<key>/<attempt>/...             objects that a manifest names
+    claims/<kind>/...                              leases, see ``claims``
+    runs/<run id>.json                             keys that a run pins
+"""
+
+import hashlib
+import json
+import secrets
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+import pyarrow as pa
+from pydantic import TypeAdapter, ValidationError
+
+from ..errors import ChecksumMismatch, InvalidShard, ObjectMissing, UnknownSchema
+from ..identity import canonical_json, content_hash, digest, key_of
+from ..schemas import SCHEMA_VERSION
+from ..schemas.columns import ScoreColumn
+from ..schemas.manifests import (
+    Kind,
+    Manifest,
+    ObjectEntry,
+    RolloutManifest,
+    ScoreManifest,
+    ScoreRequirement,
+)
+from ..schemas.rounds import RolloutShard, ServedColumns
+from . import rollouts, scores
+from .claims import Claims
+from .objects import ObjectStore
+
+AnyManifest = TypeVar("AnyManifest", RolloutManifest, ScoreManifest)
+_MANIFEST: TypeAdapter[RolloutManifest | ScoreManifest] = TypeAdapter(Manifest)
+_REMEDY = "delete the shard's manifest and run the stage again to make it anew"
+
+
+class Attempt:
+    """Objects of one worker's try at a shard, under a prefix that no other worker uses."""
+
+    def __init__(self, objects: ObjectStore, key: str) -> None:
+        self.name = secrets.token_hex(8)
+        self.entries: list[ObjectEntry] = []
+        self._objects = objects
+        self._prefix = _data_prefix(key, self.name)
+
+    def put(self, path: str, data: bytes) -> None:
+        """Store one object, and note its hash for the manifest."""
+        self._objects.put(f"{self._prefix}/{path}", data)
+        sha256 = hashlib.sha256(data).hexdigest()
+        self.entries.append(ObjectEntry(path=path, size_bytes=len(data), sha256=sha256))
+
+    def discard(self) -> None:
+        """Delete what was stored."""
+        for entry in self.entries:
+            self._objects.delete(f"{self._prefix}/{entry.path}")
+
+
+class Cache:
+    """Shards on one store, shared by every run that names the same URL."""
+
+    def __init__(self, url: str) -> None:
+        self.objects = ObjectStore(url)
+        self.claims = Claims(self.objects)
+
+    def rollouts(self, key: str) -> RolloutManifest | None:
+        """The committed rollout shard of a key, if there is one."""
+        return self._load(rollout_commit(key), RolloutManifest)
+
+    def need_rollouts(self, shard: RolloutShard) -> RolloutManifest:
+        """The manifest of a shard that a round pinned.
+
+        Raises:
+            ObjectMissing: it is gone.
+            InvalidShard: it was generated anew and holds other tokens than the round's.
+        """
+        where = self.objects.at(rollout_commit(shard.key))
+        manifest = self.rollouts(shard.key)
+        if manifest is None:
+            raise ObjectMissing(
+                "a rollout shard that the round uses is gone",
+                where=where,
+                remedy="delete the round's files and run it again",
+            )
+        if manifest.content != shard.content:
+            raise InvalidShard(
+                "the shard was generated anew and holds other tokens",
+                where=where,
+                expected=f"content {shard.content[:12]}",
+                got=manifest.content[:12],
+                remedy="delete the round's files and run it again, scoring included",
+            )
+        return manifest
+
+    def committed_rollouts(self, keys: Iterable[str]) -> dict[str, RolloutManifest]:
+        """Those of the keys that are committed."""
+        wanted = list(keys)
+        with ThreadPoolExecutor(max_workers=16) as pool:
+            found = pool.map(self.rollouts, wanted)
+        return {key: manifest for key, manifest in zip(wanted, found, strict=True) if manifest}
+
+    def score_sets(self, content: str, teacher: str) -> list[ScoreManifest]:
+        """Every committed score set of a rollout content by one teacher, oldest first."""
+        prefix = f"commits/scores/{content}/{teacher}"
+        listed = sorted(self.objects.list(prefix), key=lambda o: (o.last_modified, o.path))
+        found = [self._load(info.path, ScoreManifest) for info in listed]
+        return [manifest for manifest in found if manifest is not None]
+
+    def serve(
+        self, content: str, need: ScoreRequirement
+    ) -> list[tuple[ScoreManifest, ServedColumns]] | None:
+        """Score sets that together give what is needed of a content; None when they do not.
+
+        Sets that give more of the missing columns are taken first, so one set serves where one can.
+        """
+        missing = set(need.columns)
+        sets = {m.key: m for m in self.score_sets(content, need.teacher)}
+        served = []
+        while missing and sets:
+            gives = {key: need.served_by(m.identity) & missing for key, m in sets.items()}
+            best = max(gives, key=lambda key: len(gives[key]))
+            if not gives[best]:
+                return None
+            columns = tuple(sorted(gives[best]))
+            served.append((sets.pop(best), ServedColumns(key=best, columns=columns)))
+            missing -= gives[best]
+        return None if missing else served
+
+    def read_rollouts(self, manifest: RolloutManifest) -> pa.Table:
+        """The shard's table, checked against its manifest.
+
+        Raises:
+            ObjectMissing, ChecksumMismatch, InvalidShard: it is not what was committed.
+        """
+        table = rollouts.decode_rollouts(self._objects_of(manifest)[rollouts.FILE])
+        if content_hash(table) != manifest.content:
+            raise InvalidShard(
+                "content hash differs from the manifest's",
+                where=self.objects.at(rollout_commit(manifest.key)),
+                remedy=_REMEDY,
+            )
+        return table
+
+    def read_scores(self, manifest: ScoreManifest, columns: Iterable[ScoreColumn]) -> scores.Scores:
+        """The shard's scores, checked against its manifest.
+
+        Raises:
+            ObjectMissing, ChecksumMismatch, InvalidShard: it is not what was committed.
+        """
+        prefix = f"{scores.GROUP}/"
+        objects = {p.removeprefix(prefix): d for p, d in self._objects_of(manifest).items()}
+        decoded = scores.decode_scores(objects, frozenset(columns))
+        if int(decoded.token_offsets[-1]) != manifest.num_tokens:
+            raise InvalidShard(
+                "token count differs from the manifest's",
+                where=self.objects.at(_commit_path(manifest)),
+                expected=manifest.num_tokens,
+                got=int(decoded.token_offsets[-1]),
+                remedy=_REMEDY,
+            )
+        return decoded
+
+    def read_score_set(
+        self, content: str, teacher: str, served: Iterable[ServedColumns]
+    ) -> scores.Scores:
+        """Scores put together from the sets that a round pinned.
+
+        Raises:
+            ObjectMissing, ChecksumMismatch, InvalidShard: a set is not what was committed.
+        """
+        parts: dict[str, object] = {}
+        for item in served:
+            path = score_commit(content, teacher, item.key)
+            manifest = self._load(path, ScoreManifest)
+            if manifest is None:
+                raise ObjectMissing(
+                    "a score set that the round uses is gone",
+                    where=self.objects.at(path),
+                    remedy="run the score stage again",
+                )
+            decoded = self.read_scores(manifest, item.columns)
+            for name in scores.Scores.__dataclass_fields__:
+                value = getattr(decoded, name)
+                if value is not None:
+                    parts.setdefault(name, value)
+        return scores.Scores(**parts)  # type: ignore[arg-type]
+
+    def attempt(self, key: str) -> Attempt:
+        """A new attempt at a shard."""
+        return Attempt(self.objects, key)
+
+    def commit(self, attempt: Attempt, manifest: RolloutManifest | ScoreManifest) -> bool:
+        """Commit an attempt; the first writer wins, and a loser's objects are deleted.
+
+        Returns:
+            Whether this attempt is the shard.
+        """
+        assert manifest.key == key_of(manifest.identity)
+        body = manifest.model_dump(mode="json")
+        data = canonical_json({"manifest": body, "sha256": digest(body)})
+        won = self.objects.create(_commit_path(manifest), data)
+        if not won:
+            attempt.discard()
+        return won
+
+    def pin(self, run_id: str, kind: Kind, keys: Iterable[str]) -> None:
+        """Add keys to those that a run uses, so that clean-up leaves them alone."""
+        path = f"runs/{run_id}.json"
+        try:
+            pinned: dict[str, list[str]] = json.loads(self.objects.get(path))
+        except ObjectMissing:
+            pinned = {}
+        pinned[kind] = sorted({*pinned.get(kind, []), *keys})
+        self.objects.put(path, canonical_json(pinned))
+
+    def _load(self, path: str, kind: type[AnyManifest]) -> AnyManifest | None:
+        """A manifest, checked against its own checksum, its version and its key."""
+        try:
+            data = self.objects.get(path)
+        except ObjectMissing:
+            return None
+        where = self.objects.at(path)
+        try:
+            stored = json.loads(data)
+            body, sha256 = stored["manifest"], stored["sha256"]
+        except (ValueError, TypeError, KeyError) as error:
+            raise InvalidShard("not a manifest", where=where, remedy=_REMEDY) from error
+        if canonical_json(stored) != data or digest(body) != sha256:
+            raise ChecksumMismatch(
+                "manifest does not match its checksum", where=where, remedy=_REMEDY
+            )
+        if body.get("schema_version", 0) > SCHEMA_VERSION:
+            raise UnknownSchema(
+                "written by a later version",
+                where=where,
+                expected=f"schema version at most {SCHEMA_VERSION}",
+                got=body["schema_version"],
+                remedy="upgrade opdcache",
+            )
+        try:
+            manifest = _MANIFEST.validate_python(body)
+        except ValidationError as error:
+            raise InvalidShard(
+                f"not a manifest: {error.errors()[0]['msg']}", where=where
+            ) from error
+        if not isinstance(manifest, kind) or key_of(manifest.identity) != manifest.key:
+            raise InvalidShard("manifest is not of its key", where=where, remedy=_REMEDY)
+        return manifest
+
+    def _objects_of(self, manifest: RolloutManifest | ScoreManifest) -> dict[str, bytes]:
+        """Every object of a shard by path, its size and hash checked."""
+        prefix = _data_prefix(manifest.key, manifest.attempt)
+        with ThreadPoolExecutor(max_workers=16) as pool:
+            return dict(pool.map(lambda entry: self._checked(prefix, entry), manifest.objects))
+
+    def _checked(self, prefix: str, entry: ObjectEntry) -> tuple[str, bytes]:
+        path = f"{prefix}/{entry.path}"
+        data = self.objects.get(path)
+        sha256 = hashlib.sha256(data).hexdigest()
+        if len(data) != entry.size_bytes or sha256 != entry.sha256:
+            raise ChecksumMismatch(
+                "object is not what was committed",
+                where=self.objects.at(path),
+                expected=f"sha256 {entry.sha256[:12]}, {entry.size_bytes} bytes",
+                got=f"{sha256[:12]}, {len(data)} bytes",
+                remedy=_REMEDY,
+            )
+        return entry.path, data
+
+
+def _data_prefix(key: str, attempt: str) -> str:
+    return f"data/{key[:2]}/{key}/{attempt}"
+
+
+def rollout_commit(key: str) -> str:
+    """Where a rollout shard's manifest is."""
+    return f"commits/rollouts/{key}.json"
+
+
+def score_commit(content: str, teacher: str, key: str) -> str:
+    """Where a score set's manifest is."""
+    return f"commits/scores/{content}/{teacher}/{key}.json"
+
+
+def _commit_path(manifest: RolloutManifest | ScoreManifest) -> str:
+    if isinstance(manifest, RolloutManifest):
+        return rollout_commit(manifest.key)
+    return score_commit(manifest.identity.content, manifest.identity.teacher, manifest.key)

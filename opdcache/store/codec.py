@@ -1,0 +1,103 @@
+"""Teacher log-probs as small integers, and back, with a declared error bound.
+
+Log-probs are natural, at temperature 1, normalised over the full vocabulary. A value is rounded to
+a multiple of ``step`` (error at most ``step / 2``), and clipped at ``clip_floor(step)``. A token's
+kept entries descend, so each is stored as its drop from the one before: the roundings do not add
+up, since the grid is shared. Ids are stored as their frequency rank in the shard, which makes the
+common ones small.
+
+Legend: T tokens, K kept entries a token.
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import InvalidShard
+
+Floats = NDArray[np.float32]
+Ints = NDArray[np.int32]
+_LAST_STEP = np.iinfo(np.uint16).max
+
+
+def clip_floor(step: float) -> float:
+    """Log-probs below this, in nats, are stored as this."""
+    return -step * float(_LAST_STEP)
+
+
+def encode_logprobs(logprobs: Floats, step: float) -> NDArray[np.uint16]:
+    """Log-probs of any shape as multiples of ``-step``; ``-inf`` becomes the clip floor.
+
+    Raises:
+        InvalidShard: a value is NaN or above 0.
+    """
+    if np.isnan(logprobs).any() or (logprobs > 1e-3).any():
+        raise InvalidShard("a log-prob is NaN or above 0", remedy="report the scoring backend")
+    multiples = np.rint(logprobs / np.float32(-step))
+    return np.clip(multiples, 0, _LAST_STEP, out=multiples).astype(np.uint16)
+
+
+def decode_logprobs(steps: NDArray[np.uint16], step: float) -> Floats:
+    """Inverse of ``encode_logprobs``, within ``step / 2`` above the clip floor."""
+    return steps.astype(np.float32) * np.float32(-step)
+
+
+def encode_descending(
+    logprobs_TK: Floats, num_kept: NDArray[np.uint16], step: float
+) -> NDArray[np.uint16]:
+    """Kept log-probs, likeliest first, as drops from the entry before; 0 past ``num_kept``.
+
+    Raises:
+        InvalidShard: a kept value is NaN or above 0, or a token's values do not descend.
+    """
+    kept_TK = kept_mask(num_kept, logprobs_TK.shape[1])
+    multiples_TK = encode_logprobs(np.where(kept_TK, logprobs_TK, 0), step).astype(np.int32)
+    drops_TK = np.diff(multiples_TK, axis=1, prepend=0)
+    drops_TK[~kept_TK] = 0
+    if (drops_TK < 0).any():
+        row = int(np.argwhere((drops_TK < 0).any(axis=1))[0, 0])
+        raise InvalidShard("kept log-probs do not descend", where=f"token {row}")
+    return drops_TK.astype(np.uint16)
+
+
+def decode_descending(drops_TK: NDArray[np.uint16], step: float) -> Floats:
+    """Inverse of ``encode_descending``; past ``num_kept`` the last kept value stands again."""
+    multiples_TK = np.cumsum(drops_TK, axis=1, dtype=np.int32)
+    return multiples_TK.astype(np.float32) * np.float32(-step)
+
+
+def encode_ids(
+    ids_TK: Ints, num_kept: NDArray[np.uint16]
+) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
+    """Kept ids as (ranks [T, K], rank_ids [distinct]): ``ids = rank_ids[ranks]``.
+
+    ``rank_ids`` holds every kept id, most frequent first, ties by id. Ranks past
+    ``num_kept`` are 0.
+    """
+    kept_TK = kept_mask(num_kept, ids_TK.shape[1])
+    distinct, inverse, counts = np.unique(ids_TK[kept_TK], return_inverse=True, return_counts=True)
+    order = np.lexsort((distinct, -counts))
+    rank_of = np.empty(len(order), np.uint32)
+    rank_of[order] = np.arange(len(order), dtype=np.uint32)
+    ranks_TK = np.zeros(ids_TK.shape, np.uint32)
+    ranks_TK[kept_TK] = rank_of[inverse]
+    return ranks_TK, distinct[order].astype(np.uint32)
+
+
+def decode_ids(ranks_TK: NDArray[np.uint32], rank_ids: NDArray[np.uint32]) -> Ints:
+    """Inverse of ``encode_ids``; past ``num_kept`` an arbitrary valid id stands.
+
+    Raises:
+        InvalidShard: a rank is not in the table.
+    """
+    if ranks_TK.size == 0:
+        return ranks_TK.astype(np.int32)
+    if len(rank_ids) == 0:
+        rank_ids = np.zeros(1, np.uint32)
+    if ranks_TK.max() >= len(rank_ids):
+        raise InvalidShard("a rank is not in rank_ids", expected=f"< {len(rank_ids)}")
+    return np.take(rank_ids.astype(np.int32), ranks_TK)
+
+
+def kept_mask(num_kept: NDArray[np.uint16], width: int) -> NDArray[np.bool_]:
+    """[T, width]: which entries are kept ones."""
+    return np.arange(width) < num_kept[:, None]

@@ -1,0 +1,134 @@
+"""The one door to storage: objects by path on any URL that obstore knows.
+
+Five operations are all that the cache needs, so that a file system, S3, GCS and Azure behave
+alike: put, exclusive create, get, list, delete. Everything above speaks of paths and bytes, and
+meets errors of ``opdcache.errors`` only.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+import obstore
+from obstore.exceptions import (
+    AlreadyExistsError,
+    BaseError,
+    PermissionDeniedError,
+    UnauthenticatedError,
+)
+from obstore.store import LocalStore, MemoryStore, from_url
+
+from ..errors import ObjectMissing, StoreError, StoreFull, StoreUnavailable
+
+_FULL = ("no space left", "os error 28", "quota", "os error 122")
+_PASSING = ("timed out", "timeout", "connection", "reset", "503", "500", "slowdown", "retr")
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectInfo:
+    """What a listing says of an object."""
+
+    path: str
+    size_bytes: int
+    etag: str | None
+    last_modified: datetime
+
+
+class ObjectStore:
+    """Objects below one URL. Paths are relative, with forward slashes."""
+
+    def __init__(self, url: str) -> None:
+        """Open a URL (``s3://``, ``gs://``, ``az://``, ``memory://``) or a local folder.
+
+        Raises:
+            StoreError: the URL is of no known kind, or the folder cannot be made.
+        """
+        self.url = url
+        with _errors(url):
+            if url.startswith("memory://"):
+                self._store: obstore.store.ObjectStore = MemoryStore()
+            elif "://" in url and not url.startswith("file://"):
+                self._store = from_url(url)
+            else:
+                folder = Path(url.removeprefix("file://")).resolve()
+                self._store = LocalStore(folder, mkdir=True)
+
+    def put(self, path: str, data: bytes) -> None:
+        """Write an object whole, replacing what is there."""
+        with _errors(self.at(path)):
+            obstore.put(self._store, path, data)
+
+    def create(self, path: str, data: bytes) -> bool:
+        """Write an object if there is none; False when there is one. Atomic on every store."""
+        with _errors(self.at(path)):
+            try:
+                obstore.put(self._store, path, data, mode="create")
+            except AlreadyExistsError:
+                return False
+        return True
+
+    def get(self, path: str) -> bytes:
+        """The whole object.
+
+        Raises:
+            ObjectMissing: it is not there.
+        """
+        with _errors(self.at(path)):
+            return bytes(obstore.get(self._store, path).bytes())
+
+    def info(self, path: str) -> ObjectInfo | None:
+        """What the store says of an object; None when there is none."""
+        try:
+            with _errors(self.at(path)):
+                return _info(obstore.head(self._store, path))
+        except ObjectMissing:
+            return None
+
+    def list(self, prefix: str) -> Iterator[ObjectInfo]:
+        """Objects whose path is below ``prefix``, a folder; in no order."""
+        with _errors(self.at(prefix)):
+            for batch in obstore.list(self._store, prefix.rstrip("/")):
+                yield from map(_info, batch)
+
+    def delete(self, path: str) -> None:
+        """Remove an object; nothing happens when there is none."""
+        try:
+            with _errors(self.at(path)):
+                obstore.delete(self._store, path)
+        except ObjectMissing:
+            return
+
+    def at(self, path: str) -> str:
+        """Where an object is, for people."""
+        return f"{self.url.rstrip('/')}/{path}"
+
+
+def _info(meta: "obstore.ObjectMeta") -> ObjectInfo:
+    return ObjectInfo(meta["path"], meta["size"], meta["e_tag"], meta["last_modified"])
+
+
+@contextmanager
+def _errors(where: str) -> Iterator[None]:
+    """Storage's exceptions as this project's, in one line."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise ObjectMissing(
+            "no such object", where=where, remedy="run 'opdcache cache verify'"
+        ) from error
+    except (PermissionDeniedError, UnauthenticatedError, PermissionError) as error:
+        raise StoreError("not allowed", where=where, remedy="check the permissions") from error
+    except AlreadyExistsError:
+        raise
+    except (BaseError, OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        lowered = str(error).lower()
+        if any(sign in lowered for sign in _FULL):
+            raise StoreFull(
+                "no space left", where=where, remedy="free some, then run the same command again"
+            ) from error
+        if any(sign in lowered for sign in _PASSING):
+            raise StoreUnavailable(reason, where=where, remedy="try again") from error
+        raise StoreError(reason, where=where) from error

@@ -1,0 +1,92 @@
+"""Rollout shards: completions of one task as a Parquet file, a row each."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from ..schemas.columns import rollout_schema
+
+FILE = "rollouts.parquet"
+Scalar = TypeVar("Scalar", bound=np.generic)
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """One completion on its way into a shard. T completion tokens, S recorded entries a token.
+
+    Attributes:
+        behavior_logprobs: float32 [T], raw model log-probs at temperature 1, nats.
+        sampling_logprobs: float32 [T], under the distribution sampled from, nats.
+        topk_ids: int32 [T, S]; S = 0 when none are recorded.
+        topk_logprobs: float32 [T, S], raw, descending, nats.
+    """
+
+    prompt_id: str
+    sample_index: int
+    prompt_token_ids: Sequence[int]
+    completion_token_ids: Sequence[int]
+    behavior_logprobs: NDArray[np.float32]
+    sampling_logprobs: NDArray[np.float32]
+    topk_ids: NDArray[np.int32]
+    topk_logprobs: NDArray[np.float32]
+    finish_reason: str
+    text: str
+    task: str
+    answer: str | None
+
+
+def rollout_table(completions: Sequence[Completion]) -> pa.Table:
+    """The shard's table; optional columns are there when a completion has them."""
+    schema = rollout_schema(
+        answer=any(c.answer is not None for c in completions),
+        student_topk=any(c.topk_ids.shape[1] for c in completions),
+    )
+    columns: dict[str, list[object]] = {
+        "rollout_id": [f"{c.prompt_id}/{c.sample_index}" for c in completions],
+        "student_topk_ids": [list(c.topk_ids) for c in completions],
+        "student_topk_logprobs": [list(c.topk_logprobs) for c in completions],
+    }
+    arrays = [
+        pa.array(columns.get(f.name) or [getattr(c, f.name) for c in completions], type=f.type)
+        for f in schema
+    ]
+    return pa.Table.from_arrays(arrays, schema=schema)
+
+
+def encode_rollouts(table: pa.Table) -> bytes:
+    """The table as a Parquet file, zstd."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd")
+    return bytes(sink.getvalue())
+
+
+def decode_rollouts(data: bytes) -> pa.Table:
+    """Inverse of ``encode_rollouts``."""
+    return pq.read_table(pa.BufferReader(data))
+
+
+def token_lists(table: pa.Table, column: str) -> list[NDArray[np.int32]]:
+    """A list column of ids as one int32 array a row."""
+    return [np.asarray(row.values, np.int32) for row in table.column(column)]
+
+
+def token_offsets(table: pa.Table) -> NDArray[np.int64]:
+    """[N + 1]: where each completion's tokens are on the shard's token axis."""
+    lengths = np.asarray(table.column("completion_token_ids").combine_chunks().value_lengths())
+    return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+
+
+def flat_tokens(table: pa.Table, column: str, dtype: type[Scalar]) -> NDArray[Scalar]:
+    """A list column on the shard's token axis: [T], or [T, S] for the recorded entries."""
+    values = table.column(column).combine_chunks().flatten()
+    shape: tuple[int, ...] = (len(values),)
+    if pa.types.is_list(values.type):
+        shape = (len(values), len(values[0]) if len(values) else 0)
+        values = values.flatten()
+    flat: NDArray[Scalar] = values.to_numpy(zero_copy_only=False).astype(dtype)
+    return flat.reshape(shape)

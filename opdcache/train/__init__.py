@@ -1,0 +1,1 @@
+"""The train stage: a DeepSpeed learner on cached teacher log-probs."""

@@ -1,0 +1,277 @@
+"""The one door to DeepSpeed: the student, its optimizer, its checkpoints, its export.
+
+Legend: B sequences, L padded length, T completion tokens, K support.
+"""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ModelError
+from ..heads import StudentStats, split_head, support_statistics
+from ..models import default_device, load_model
+from ..schemas.config import TrainConfig
+
+_CARRIED = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "chat_template*",
+    "vocab*",
+    "merges.txt",
+    "*.model",
+)
+
+
+_TAG = "round-{:03d}-update-{:06d}"
+
+
+@dataclass(frozen=True, slots=True)
+class Position:
+    """How far a run's learner is; saved with its state.
+
+    Attributes:
+        round: round in training.
+        next_update: updates of the round that are done.
+        num_updates: updates of the run that are done.
+        num_samples, num_tokens: trained on in the round so far.
+        elapsed_s: seconds spent on the round so far.
+    """
+
+    round: int
+    next_update: int = 0
+    num_updates: int = 0
+    num_samples: int = 0
+    num_tokens: int = 0
+    elapsed_s: float = 0.0
+
+
+class SupportHead(nn.Module):
+    """The LM head as a module of its own, so that ZeRO-3 gathers its weight around the call."""
+
+    def __init__(self, weight: Tensor, chunk_tokens: int) -> None:
+        super().__init__()
+        self.weight = weight
+        self._chunk_tokens = chunk_tokens
+
+    def forward(
+        self, hidden_TD: Tensor, ids_TK: Tensor, topk: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Log-probs of the ids [T, K], and the fields of ``StudentStats``."""
+        logprobs_TK, stats = support_statistics(
+            hidden_TD, self.weight, ids_TK, topk=topk, chunk_tokens=self._chunk_tokens
+        )
+        return logprobs_TK, stats.entropy_T, stats.threshold_T
+
+
+class Student(nn.Module):
+    """A causal LM that gives log-probs on a support instead of logits."""
+
+    def __init__(self, model: nn.Module, head: nn.Linear, chunk_tokens: int) -> None:
+        super().__init__()
+        self.model = model
+        self.head = SupportHead(head.weight, chunk_tokens)
+
+    def forward(
+        self, input_ids_BL: Tensor, rows_T: Tensor, columns_T: Tensor, ids_TK: Tensor, topk: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Log-probs of the ids at the given positions; the head is applied to those alone."""
+        body = self.model.base_model(input_ids=input_ids_BL, use_cache=False)  # type: ignore[operator]
+        hidden_TD = body.last_hidden_state[rows_T, columns_T]
+        logprobs: tuple[Tensor, Tensor, Tensor] = self.head(hidden_TD, ids_TK, topk)
+        return logprobs
+
+
+class Learner:
+    """A student under DeepSpeed.
+
+    Args:
+        folder: the policy to start from, in Hugging Face format.
+        total_updates: updates of the whole run, for the schedule's end.
+
+    Raises:
+        ModelError: the model cannot be loaded, or its head is not a plain linear map.
+    """
+
+    def __init__(self, folder: Path, config: TrainConfig, *, total_updates: int) -> None:
+        self._folder, self._config = folder, config
+        self.device = default_device()
+        os.environ.setdefault("DS_ACCELERATOR", self.device.type)
+        import deepspeed
+        from transformers import get_scheduler
+
+        _init_distributed()
+        model = load_model(folder, config.dtype, self.device)
+        _, head = split_head(model, folder)
+        if config.gradient_checkpointing:
+            model.gradient_checkpointing_enable()  # type: ignore[operator]
+        student = Student(model, head, config.head_chunk_tokens).train()
+        self._model = model
+        optimizer = torch.optim.AdamW(
+            student.parameters(),
+            lr=config.optimizer.lr,
+            betas=config.optimizer.betas,
+            eps=config.optimizer.eps,
+            weight_decay=config.optimizer.weight_decay,
+        )
+        name = config.optimizer.schedule.replace("constant", "constant_with_warmup")
+        scheduler = get_scheduler(name, optimizer, config.optimizer.warmup_updates, total_updates)
+        self._engine: Any = deepspeed.initialize(
+            model=student,
+            optimizer=optimizer,
+            lr_scheduler=scheduler,
+            config=deepspeed_config(config),
+        )[0]
+        self.rank, self.world_size = deepspeed.comm.get_rank(), deepspeed.comm.get_world_size()
+
+    def logprobs(
+        self, input_ids_BL: Tensor, rows_T: Tensor, columns_T: Tensor, ids_TK: Tensor, topk: int
+    ) -> tuple[Tensor, StudentStats]:
+        """Differentiable log-probs of the ids [T, K], and statistics of their distributions."""
+        logprobs, entropy, threshold = self._engine(input_ids_BL, rows_T, columns_T, ids_TK, topk)
+        return logprobs, StudentStats(entropy, threshold)
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of a rank's share of the loss; shares add up over ranks and calls."""
+        self._engine.backward(loss * self.world_size, scale_wrt_gas=False)
+
+    def step(self) -> float:
+        """Clip, update, advance the schedule; the gradient's norm before clipping."""
+        norm = self._local_norm() if self._config.zero_stage == 0 else None
+        self._engine.step()
+        return float(self._engine.get_global_grad_norm() if norm is None else norm)
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Sum of a tensor over the ranks."""
+        if self.world_size > 1:
+            import deepspeed
+
+            deepspeed.comm.all_reduce(values)
+        return values
+
+    @property
+    def lr(self) -> float:
+        """Learning rate of the next update."""
+        return float(self._engine.get_lr()[0])
+
+    def save(self, checkpoints: Path, position: Position) -> None:
+        """Save weights, float32 masters, moments, schedule and position; older saves go after."""
+        tag = _TAG.format(position.round, position.num_updates)
+        state = {name: getattr(position, name) for name in position.__slots__}
+        self._engine.save_checkpoint(str(checkpoints), tag=tag, client_state={"position": state})
+        if self.rank == 0:
+            for old in checkpoints.iterdir():
+                if old.is_dir() and old.name != tag:
+                    shutil.rmtree(old)
+
+    def load(self, checkpoints: Path) -> Position:
+        """Take up the newest saved state."""
+        _, state = self._engine.load_checkpoint(str(checkpoints))
+        return Position(**state["position"])
+
+    def export(self, folder: Path) -> None:
+        """Write the student in Hugging Face format, whole or not at all.
+
+        The weights are a view of the float32 masters in the training dtype. The tokenizer's files
+        are carried over as they are, so that token ids keep their meaning.
+        """
+        state = (
+            self._engine._zero3_consolidated_16bit_state_dict()
+            if self._config.zero_stage == 3
+            else None
+        )
+        if self.rank == 0:
+            with _whole(folder) as draft:
+                weights = None if state is None else _model_state(state)
+                self._model.save_pretrained(draft, state_dict=weights)  # type: ignore[operator]
+                for pattern in _CARRIED:
+                    for file in self._folder.glob(pattern):
+                        shutil.copy2(file, draft / file.name)
+        self.barrier()
+
+    def barrier(self) -> None:
+        """Wait for every rank."""
+        import deepspeed
+
+        deepspeed.comm.barrier()
+
+    def _local_norm(self) -> Tensor:
+        grads = [p.grad for p in self._engine.module.parameters() if p.grad is not None]
+        return torch.nn.utils.get_total_norm(grads)
+
+
+def saved(checkpoints: Path) -> tuple[int, int] | None:
+    """Round, and updates of the run, of the newest saved state; None when there is none."""
+    try:
+        _, round_index, _, num_updates = (checkpoints / "latest").read_text().strip().split("-")
+    except FileNotFoundError:
+        return None
+    return int(round_index), int(num_updates)
+
+
+def deepspeed_config(config: TrainConfig) -> dict[str, object]:
+    """DeepSpeed's configuration. The caller of ``step`` owns the accumulation boundary."""
+    made: dict[str, object] = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "managed_gradient_accumulation": False,
+        "gradient_clipping": config.optimizer.max_grad_norm,
+        "zero_optimization": {"stage": config.zero_stage},
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 2**31,
+    }
+    if config.dtype == "bfloat16":
+        made["bf16"] = {"enabled": True}
+        made["data_types"] = {"grad_accum_dtype": "fp32"}
+    return made
+
+
+def _init_distributed() -> None:
+    """Join the ranks that a launcher announced, or be the only one."""
+    import deepspeed
+
+    if deepspeed.comm.is_initialized():
+        return
+    if "RANK" in os.environ:
+        deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+        return
+    os.environ.setdefault("LOCAL_RANK", "0")
+    rendezvous = Path(tempfile.mkdtemp(prefix="opdcache-")) / "rendezvous"
+    deepspeed.init_distributed(
+        init_method=f"file://{rendezvous}",
+        rank=0,
+        world_size=1,
+        auto_mpi_discovery=False,
+        verbose=False,
+    )
+
+
+def _model_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Parameters of the Hugging Face model among those of ``Student``."""
+    prefix = "model."
+    found = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+    if not found:
+        raise ModelError("the consolidated state holds no weights")
+    return found
+
+
+@contextmanager
+def _whole(folder: Path) -> Iterator[Path]:
+    """A draft folder that takes the folder's place when the block ends well."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        yield draft
+        draft.chmod(0o755)
+        if folder.exists():
+            shutil.rmtree(folder)
+        draft.rename(folder)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)

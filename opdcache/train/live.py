@@ -1,0 +1,141 @@
+"""The live student on a micro-batch: what the loss sees of it, and what is reported of it.
+
+Legend: T tokens, K teacher entries, S recorded student entries.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..heads import StudentStats
+from ..schemas.losses import LossConfig
+from .losses import OnSupport, tail_reverse_kl
+from .samples import MicroBatch
+
+
+@dataclass(frozen=True, slots=True)
+class Live:
+    """The live student's log-probs of a micro-batch's ids.
+
+    Attributes:
+        sampled_T: of the sampled tokens.
+        topk_TK: of the teacher's kept entries; None when none are stored.
+        recorded_TS: of the recorded student ids; None unless the loss looks at them.
+        stats: of the whole distributions, without gradient.
+    """
+
+    sampled_T: Tensor
+    topk_TK: Tensor | None
+    recorded_TS: Tensor | None
+    stats: StudentStats
+
+
+def ids_to_gather(loss: LossConfig, batch: MicroBatch) -> Tensor:
+    """Ids that the loss and the metrics need, [T, 1 + K + S]: sampled, teacher's, recorded."""
+    return torch.cat([batch.sampled_T[:, None], *_more_ids(loss, batch)], dim=1)
+
+
+def live(loss: LossConfig, batch: MicroBatch, logprobs: Tensor, stats: StudentStats) -> Live:
+    """Take apart the log-probs of ``ids_to_gather``."""
+    topk = recorded = None
+    start = 1
+    if batch.topk_ids_TK is not None:
+        topk = logprobs[:, start : start + batch.topk_ids_TK.shape[1]]
+        start += batch.topk_ids_TK.shape[1]
+    if loss.support == "student_topk":
+        recorded = logprobs[:, start:]
+    return Live(logprobs[:, 0], topk, recorded, stats)
+
+
+def on_support(loss: LossConfig, batch: MicroBatch, student: Live) -> OnSupport:
+    """Both sides of the loss on its support."""
+    if loss.support == "sampled":
+        assert batch.teacher_sampled_T is not None
+        alone = torch.ones_like(batch.sampled_T, dtype=torch.bool)[:, None]
+        nothing = torch.zeros_like(student.sampled_T)
+        return OnSupport(
+            student.sampled_T[:, None], batch.teacher_sampled_T[:, None], alone, nothing
+        )
+    if loss.support == "student_topk":
+        assert student.recorded_TS is not None
+        assert batch.recorded_TS is not None
+        assert batch.recorded_tail_T is not None
+        whole = torch.ones_like(batch.recorded_TS, dtype=torch.bool)
+        return OnSupport(student.recorded_TS, batch.recorded_TS, whole, batch.recorded_tail_T)
+    assert student.topk_TK is not None
+    assert batch.topk_TK is not None
+    assert batch.kept_TK is not None
+    assert batch.tail_T is not None
+    if loss.support == "teacher_topk":
+        return OnSupport(student.topk_TK, batch.topk_TK, batch.kept_TK, batch.tail_T)
+    shared_TK = _shared(batch.kept_TK, student.topk_TK, student.stats)
+    left_out = batch.topk_TK.masked_fill(shared_TK | ~batch.kept_TK, -torch.inf)
+    tail_T = torch.logaddexp(batch.tail_T, torch.logsumexp(left_out, dim=1))
+    return OnSupport(student.topk_TK, batch.topk_TK, shared_TK, tail_T)
+
+
+@torch.no_grad()
+def metric_sums(
+    loss: LossConfig, batch: MicroBatch, student: Live, losses_T: Tensor
+) -> dict[str, Tensor]:
+    """Sums over the micro-batch's tokens; divided by ``num_tokens`` they are means.
+
+    ``reverse_kl_tail`` merges everything outside the teacher's kept entries into one bucket: a
+    lower bound of the full KL. ``reverse_kl_sampled`` is ``r - 1 - log r`` of the sampled token,
+    ``r = q/p``: unbiased while the student is the policy that sampled.
+    """
+    weight_T = (student.sampled_T - batch.sampling_T).exp()
+    sums = {
+        "num_tokens": torch.ones_like(losses_T),
+        "loss": losses_T,
+        "student_entropy": student.stats.entropy_T,
+        "weight": weight_T,
+        "weight_squared": weight_T.square(),
+    }
+    if batch.teacher_sampled_T is not None:
+        log_ratio_T = batch.teacher_sampled_T - student.sampled_T
+        sums["reverse_kl_sampled"] = log_ratio_T.exp() - 1 - log_ratio_T
+    if batch.teacher_entropy_T is not None:
+        sums["teacher_entropy"] = batch.teacher_entropy_T
+        sums["entropy_gap"] = (batch.teacher_entropy_T - student.stats.entropy_T).abs()
+    if student.topk_TK is not None:
+        sums |= _overlap_sums(batch, student)
+    return {name: values.double().sum() for name, values in sums.items()}
+
+
+def means(sums: dict[str, float]) -> dict[str, float]:
+    """Token-means of ``metric_sums``, and the staleness of the rollouts.
+
+    ``ess`` is the effective sample size of the ratios ``p_live / p_sampling`` as a share of the
+    tokens: 1 while the student is the policy that sampled.
+    """
+    num_tokens, weight, squared = (sums[n] for n in ("num_tokens", "weight", "weight_squared"))
+    made = {n: v / num_tokens for n, v in sums.items() if not n.startswith(("num_", "weight"))}
+    return made | {"ess": weight**2 / (num_tokens * squared)}
+
+
+def _more_ids(loss: LossConfig, batch: MicroBatch) -> list[Tensor]:
+    recorded = batch.recorded_ids_TS if loss.support == "student_topk" else None
+    return [ids for ids in (batch.topk_ids_TK, recorded) if ids is not None]
+
+
+def _shared(kept_TK: Tensor, student_TK: Tensor, stats: StudentStats) -> Tensor:
+    """Kept teacher entries that are in the live student's top-k too."""
+    return kept_TK & (student_TK >= stats.threshold_T[:, None])
+
+
+def _overlap_sums(batch: MicroBatch, student: Live) -> dict[str, Tensor]:
+    assert student.topk_TK is not None
+    assert batch.topk_TK is not None
+    assert batch.kept_TK is not None
+    assert batch.tail_T is not None
+    shared_TK = _shared(batch.kept_TK, student.topk_TK, student.stats)
+    on_teacher = OnSupport(student.topk_TK, batch.topk_TK, batch.kept_TK, batch.tail_T)
+    return {
+        "reverse_kl_tail": tail_reverse_kl(on_teacher),
+        "overlap": shared_TK.float().mean(dim=1),
+        "overlap_mass_student": (student.topk_TK.exp() * shared_TK).sum(dim=1),
+        "overlap_mass_teacher": (batch.topk_TK.exp() * shared_TK).sum(dim=1),
+        "overlap_empty": (~shared_TK.any(dim=1)).float(),
+    }

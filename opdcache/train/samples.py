@@ -1,0 +1,216 @@
+"""Samples of a round, in a seeded global order, as tensors.
+
+The order depends on the seed, the round and the shards alone, never on the number of ranks or the
+size of a micro-batch; so a run resumes at the exact sample in any layout.
+
+Legend: B sequences, L padded length, T completion tokens of the micro-batch, K teacher entries,
+S recorded student entries.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ..schemas.rounds import RolloutRound, ScoreRound
+from ..store import rollouts as shards
+from ..store.cache import Cache
+from ..store.scores import Scores, TopK
+
+_SHARDS_IN_MEMORY = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One decoded shard: rollouts and the teacher's scores of them, on one token axis."""
+
+    prompts: Sequence[NDArray[np.int32]]
+    completions: Sequence[NDArray[np.int32]]
+    sampling_logprobs: NDArray[np.float32]
+    recorded_ids: NDArray[np.int64] | None
+    scores: Scores
+
+
+@dataclass(frozen=True, slots=True)
+class MicroBatch:
+    """Sequences of one forward and backward.
+
+    Completion token t of the batch is predicted by the hidden state at
+    ``(rows_T[t], columns_T[t])``. Absent columns are None.
+
+    Attributes:
+        input_ids_BL: int64, padded on the right; the last completion token is not fed.
+        sampled_T: int64, the completion tokens.
+        sampling_T: float32, log-prob under the distribution sampled from.
+        teacher_sampled_T, teacher_entropy_T: float32.
+        topk_ids_TK, topk_TK, kept_TK, tail_T: the teacher's likeliest entries.
+        recorded_ids_TS, recorded_TS, recorded_tail_T: ids that the student recorded, the teacher's
+            log-probs of them, and the log of its mass elsewhere.
+    """
+
+    input_ids_BL: Tensor
+    rows_T: Tensor
+    columns_T: Tensor
+    sampled_T: Tensor
+    sampling_T: Tensor
+    teacher_sampled_T: Tensor | None
+    teacher_entropy_T: Tensor | None
+    topk_ids_TK: Tensor | None
+    topk_TK: Tensor | None
+    kept_TK: Tensor | None
+    tail_T: Tensor | None
+    recorded_ids_TS: Tensor | None
+    recorded_TS: Tensor | None
+    recorded_tail_T: Tensor | None
+
+    @property
+    def num_tokens(self) -> int:
+        """Supervised tokens."""
+        return int(self.sampled_T.shape[0])
+
+
+class RoundSamples:
+    """All samples of a round.
+
+    Args:
+        k: teacher and recorded entries a token that the loss looks at.
+    """
+
+    def __init__(self, cache: Cache, rollouts: RolloutRound, scores: ScoreRound, k: int) -> None:
+        self._cache, self._rollouts, self._scores, self._k = cache, rollouts.shards, scores, k
+        rows = [shard.num_rows for shard in self._rollouts]
+        self._starts = np.concatenate([[0], np.cumsum(rows)])
+        self._shard = lru_cache(maxsize=_SHARDS_IN_MEMORY)(self._read)
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def order(self, seed: int, round_index: int, epochs: int) -> list[int]:
+        """Sample indexes in training order: a new permutation an epoch."""
+        rng = np.random.default_rng([seed, round_index])
+        return [int(i) for _ in range(epochs) for i in rng.permutation(len(self))]
+
+    def micro_batches(self, samples: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
+        """Samples with tokens to supervise, grouped by length under a budget of padded tokens."""
+        lengths = {i: self._length(i) for i in samples}
+        order = sorted((i for i in lengths if self._num_tokens(i)), key=lambda i: (-lengths[i], i))
+        while order:
+            size = max(1, max_tokens // lengths[order[0]])
+            yield order[:size]
+            order = order[size:]
+
+    def num_tokens(self, samples: Sequence[int]) -> int:
+        """Supervised tokens of the samples."""
+        return sum(self._num_tokens(i) for i in samples)
+
+    def where(self, sample: int) -> str:
+        """A sample's place in the cache, for people."""
+        shard, row = self._place(sample)
+        return f"rollout shard {self._rollouts[shard].key[:12]} row {row}"
+
+    def collate(self, samples: Sequence[int], device: torch.device) -> MicroBatch:
+        """Tensors of the samples on the device; every sample has tokens to supervise."""
+        places = [self._place(i) for i in samples]
+        pieces = [_Piece(self._shard(shard), row) for shard, row in places]
+        fed = [np.concatenate([p.prompt, p.completion[:-1]]) for p in pieces]
+        padded = np.zeros((len(fed), max(len(ids) for ids in fed)), np.int64)
+        for row, ids in enumerate(fed):
+            padded[row, : len(ids)] = ids
+        rows = [np.full(len(p.completion), i) for i, p in enumerate(pieces)]
+        columns = [len(p.prompt) - 1 + np.arange(len(p.completion)) for p in pieces]
+
+        def needed(values: Sequence[NDArray[Any]]) -> Tensor:
+            return torch.from_numpy(np.concatenate(values)).to(device)
+
+        def joined(values: Sequence[NDArray[Any] | None]) -> Tensor | None:
+            present = [value for value in values if value is not None]
+            return needed(present) if present else None
+
+        topk = [found for p in pieces if (found := p.topk(self._k)) is not None]
+        recorded = [own for p in pieces if (own := p.recorded(self._k)) is not None]
+        return MicroBatch(
+            input_ids_BL=torch.from_numpy(padded).to(device),
+            rows_T=needed(rows),
+            columns_T=needed(columns),
+            sampled_T=needed([p.completion.astype(np.int64) for p in pieces]),
+            sampling_T=needed([p.shard.sampling_logprobs[p.tokens] for p in pieces]),
+            teacher_sampled_T=joined([p.score("sampled_logprobs") for p in pieces]),
+            teacher_entropy_T=joined([p.score("entropy") for p in pieces]),
+            topk_ids_TK=joined([t.ids.astype(np.int64) for t in topk]),
+            topk_TK=joined([t.logprobs for t in topk]),
+            kept_TK=joined([t.kept for t in topk]),
+            tail_T=joined([t.tail_logprobs for t in topk]),
+            recorded_ids_TS=joined([r[0] for r in recorded]),
+            recorded_TS=joined([r[1] for r in recorded]),
+            recorded_tail_T=joined([r[2] for r in recorded]),
+        )
+
+    def _place(self, sample: int) -> tuple[int, int]:
+        shard = int(np.searchsorted(self._starts, sample, side="right")) - 1
+        return shard, sample - int(self._starts[shard])
+
+    def _num_tokens(self, sample: int) -> int:
+        shard, row = self._place(sample)
+        return len(self._shard(shard).completions[row])
+
+    def _length(self, sample: int) -> int:
+        shard, row = self._place(sample)
+        held = self._shard(shard)
+        return len(held.prompts[row]) + len(held.completions[row])
+
+    def _read(self, index: int) -> Shard:
+        listed, scored = self._rollouts[index], self._scores.shards[index]
+        table = self._cache.read_rollouts(self._cache.need_rollouts(listed))
+        names = table.column_names
+        return Shard(
+            prompts=shards.token_lists(table, "prompt_token_ids"),
+            completions=shards.token_lists(table, "completion_token_ids"),
+            sampling_logprobs=shards.flat_tokens(table, "sampling_logprobs", np.float32),
+            recorded_ids=(
+                shards.flat_tokens(table, "student_topk_ids", np.int64)
+                if "student_topk_ids" in names
+                else None
+            ),
+            scores=self._cache.read_score_set(scored.content, self._scores.teacher, scored.served),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """One sample within its decoded shard."""
+
+    shard: Shard
+    row: int
+
+    @property
+    def prompt(self) -> NDArray[np.int32]:
+        return self.shard.prompts[self.row]
+
+    @property
+    def completion(self) -> NDArray[np.int32]:
+        return self.shard.completions[self.row]
+
+    @property
+    def tokens(self) -> slice:
+        offsets = self.shard.scores.token_offsets
+        return slice(int(offsets[self.row]), int(offsets[self.row + 1]))
+
+    def score(self, name: str) -> NDArray[np.float32] | None:
+        values: NDArray[np.float32] | None = getattr(self.shard.scores, name)
+        return None if values is None else values[self.tokens]
+
+    def topk(self, k: int) -> TopK | None:
+        whole = self.shard.scores.topk
+        return None if whole is None else whole.at(self.tokens).cut(k)
+
+    def recorded(self, k: int) -> tuple[NDArray[Any], ...] | None:
+        scores = self.shard.scores.student_topk
+        if scores is None or self.shard.recorded_ids is None:
+            return None
+        here = scores.at(self.tokens).cut(k)
+        return self.shard.recorded_ids[self.tokens, :k], here.logprobs, here.tail_logprobs

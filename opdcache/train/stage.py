@@ -1,0 +1,203 @@
+"""Trains a round's student on its scored rollouts, and exports the next policy."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from ..errors import EngineError, InputsMissing, Interrupted
+from ..identity import model_fingerprint
+from ..runfolder import RunContext
+from ..schemas.rounds import RolloutRound, ScoreRound, TrainRound
+from ..stage import interrupts
+from .learner import Learner, Position, saved
+from .live import ids_to_gather, live, means, metric_sums, on_support
+from .losses import token_losses
+from .metrics import MetricsLog
+from .samples import RoundSamples
+
+
+def run(context: RunContext, round_index: int) -> TrainRound:
+    """Train on a round, from where an interrupted call left off, and write its round file.
+
+    Raises:
+        InputsMissing: the round is not scored, or the learner's state is gone.
+        Interrupted: stopped on request, after a checkpoint.
+        EngineError: the loss is not finite.
+    """
+    done = context.folder.find(TrainRound, round_index)
+    if done is not None:
+        context.progress.say(f"round {round_index} train: already done, nothing to do")
+        return done
+    training = _Training(context, round_index)
+    position = training.updates()
+    learner, folder = training.learner, context.folder
+    learner.export(folder.student_path(round_index + 1))
+    if learner.rank == 0:
+        folder.write(
+            TrainRound(
+                round=round_index,
+                student=model_fingerprint(folder.student_path(round_index + 1), folder.hashes),
+                num_updates=position.num_updates,
+                num_samples=position.num_samples,
+                num_tokens=position.num_tokens,
+                dropped=training.dropped,
+                elapsed_s=round(position.elapsed_s, 3),
+            )
+        )
+    learner.barrier()
+    return folder.need(TrainRound, round_index)
+
+
+class _Training:
+    """One round's updates."""
+
+    def __init__(self, context: RunContext, round_index: int) -> None:
+        config = context.config
+        folder = context.folder
+        self._context, self._round, self._started = context, round_index, time.monotonic()
+        self._loss, self._train = config.train.loss, config.train
+        self._samples = RoundSamples(
+            context.cache,
+            folder.need(RolloutRound, round_index),
+            folder.need(ScoreRound, round_index),
+            self._loss.k,
+        )
+        self._order = self._samples.order(config.seed, round_index, self._train.epochs)
+        self._num_updates = -(-len(self._order) // self._train.batch_samples)
+        context.progress.say(f"starting DeepSpeed for {context.student(round_index).name}")
+        self.learner = Learner(
+            context.student(round_index),
+            self._train,
+            total_updates=self._num_updates * config.rounds,
+        )
+        self._position = self._resume()
+        self._stop = False
+
+    @property
+    def dropped(self) -> dict[str, int]:
+        """Samples that could not be trained on, by reason."""
+        empty = sum(1 for i in self._order if not self._samples.num_tokens([i]))
+        return {"empty completion": empty} if empty else {}
+
+    def updates(self) -> Position:
+        """Do the updates that are left; ends with a checkpoint at the round's end."""
+        progress, left = self._context.progress, self._num_updates - self._position.next_update
+        log = self._log()
+        progress.begin(f"round {self._round} train", left, "updates")
+        try:
+            with interrupts(self._ask_to_stop):
+                while self._position.next_update < self._num_updates:
+                    self._update(log)
+                    if self._stop:
+                        self._save()
+                        raise Interrupted(
+                            f"stopped after update {self._position.next_update} of round "
+                            f"{self._round}, which is saved",
+                            remedy="run the same command to go on",
+                        )
+                    if self._position.next_update % self._train.checkpoint_every == 0:
+                        self._save()
+        finally:
+            progress.end()
+            if log is not None:
+                log.close()
+        self._save()
+        return self._position
+
+    def _resume(self) -> Position:
+        """The state to go on from: this round's, or the one that the round before ended with."""
+        checkpoints = self._context.folder.checkpoints
+        found = saved(checkpoints)
+        if found is not None and found[0] == self._round:
+            position = self.learner.load(checkpoints)
+            self._context.progress.say(f"resuming after update {position.next_update}")
+            return position
+        if self._round == 0:
+            return Position(self._round)
+        if found is None or found[0] != self._round - 1:
+            raise InputsMissing(
+                f"the learner's state at the end of round {self._round - 1} is gone",
+                where=checkpoints,
+                remedy="restore it, or train that round again",
+            )
+        if not self._train.fresh_optimizer:
+            self.learner.load(checkpoints)
+        return Position(self._round, num_updates=found[1])
+
+    def _log(self) -> MetricsLog | None:
+        if self.learner.rank != 0:
+            return None
+        return MetricsLog(self._context.folder, self._position.num_updates)
+
+    def _ask_to_stop(self) -> None:
+        self._stop = True
+
+    def _save(self) -> None:
+        elapsed = self._position.elapsed_s + time.monotonic() - self._started
+        self._started = time.monotonic()
+        self._position = replace(self._position, elapsed_s=elapsed)
+        self.learner.save(self._context.folder.checkpoints, self._position)
+
+    def _update(self, log: MetricsLog | None) -> None:
+        """One optimizer update: the token-mean of the loss over all ranks and micro-batches."""
+        began = time.monotonic()
+        size, position = self._train.batch_samples, self._position
+        batch = self._order[position.next_update * size : (position.next_update + 1) * size]
+        num_tokens = self._samples.num_tokens(batch)
+        if num_tokens:
+            sums = self._accumulate(batch, num_tokens)
+            lr = self.learner.lr
+            norm = self.learner.step()
+            values = {**means(sums), "grad_norm": norm, "lr": lr}
+            values["num_tokens"] = num_tokens
+            values["tokens_per_s"] = num_tokens / (time.monotonic() - began)
+            if log is not None:
+                log.write(position.num_updates, self._round, values)
+        self._position = replace(
+            position,
+            next_update=position.next_update + 1,
+            num_updates=position.num_updates + bool(num_tokens),
+            num_samples=position.num_samples + len(batch),
+            num_tokens=position.num_tokens + num_tokens,
+        )
+        self._context.progress.advance(1, num_tokens)
+
+    def _accumulate(self, batch: Sequence[int], num_tokens: int) -> dict[str, float]:
+        """Gradients of an update's batch; metric sums over all ranks."""
+        totals: dict[str, torch.Tensor] = {}
+        for samples, weight in self._shares(batch):
+            micro = self._samples.collate(samples, self.learner.device)
+            ids_TK = ids_to_gather(self._loss, micro)
+            logprobs, stats = self.learner.logprobs(
+                micro.input_ids_BL, micro.rows_T, micro.columns_T, ids_TK, self._loss.k
+            )
+            student = live(self._loss, micro, logprobs, stats)
+            losses_T = token_losses(self._loss, on_support(self._loss, micro, student))
+            self.learner.backward(losses_T.sum() * (weight / num_tokens))
+            for name, value in metric_sums(self._loss, micro, student, losses_T).items():
+                totals[name] = totals.get(name, 0) + weight * value
+        summed = self.learner.sum(torch.stack(list(totals.values())))
+        sums = dict(zip(totals, summed.tolist(), strict=True))
+        if not torch.isfinite(summed).all():
+            raise EngineError(
+                "the loss or a statistic is not finite",
+                where=f"round {self._round} update {self._position.next_update}, "
+                f"{self._samples.where(batch[0])} and the {len(batch) - 1} samples after it",
+                remedy="lower the learning rate, or look at that shard",
+            )
+        return sums
+
+    def _shares(self, batch: Sequence[int]) -> list[tuple[list[int], int]]:
+        """This rank's micro-batches, with weight 1.
+
+        Ranks take the same number of backward passes: the collectives of ZeRO need that. A rank
+        with fewer micro-batches repeats a sample of the batch with weight 0.
+        """
+        world, budget = self.learner.world_size, self._train.micro_batch_tokens
+        ranks = [list(self._samples.micro_batches(batch[r::world], budget)) for r in range(world)]
+        most = max(len(micro) for micro in ranks)
+        filler = next(micro[0][:1] for micro in ranks if micro)
+        mine = ranks[self.learner.rank]
+        return [(samples, 1) for samples in mine] + [(filler, 0)] * (most - len(mine))

@@ -1,0 +1,179 @@
+"""Columns of a rollout shard and arrays of a score shard, each declared once.
+
+Dimensions: N completions of a shard, T completion tokens of the shard (all completions, in row
+order), K kept teacher entries a token (``k_cap``), S recorded student entries a token.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import pyarrow as pa
+
+
+@dataclass(frozen=True, slots=True)
+class RolloutColumn:
+    """One Parquet column of a rollout shard; a row is one completion."""
+
+    name: str
+    type: pa.DataType
+    description: str
+    optional: bool = False
+
+
+def _tokens(value: pa.DataType) -> pa.DataType:
+    return pa.list_(pa.field("element", value, nullable=False))
+
+
+def _topk(value: pa.DataType) -> pa.DataType:
+    return pa.list_(pa.field("element", _tokens(value), nullable=False))
+
+
+ROLLOUT_COLUMNS = (
+    RolloutColumn("rollout_id", pa.string(), "prompt_id/sample_index: unique in a shard"),
+    RolloutColumn("prompt_id", pa.string(), "identity of the prompt within its prompt set"),
+    RolloutColumn("sample_index", pa.int32(), "which completion of the prompt, from 0"),
+    RolloutColumn("prompt_token_ids", _tokens(pa.int32()), "prompt as the student saw it"),
+    RolloutColumn("completion_token_ids", _tokens(pa.int32()), "sampled ids, EOS included"),
+    RolloutColumn(
+        "behavior_logprobs",
+        _tokens(pa.float32()),
+        "raw model log-prob of each sampled token at temperature 1, nats",
+    ),
+    RolloutColumn(
+        "sampling_logprobs",
+        _tokens(pa.float32()),
+        "log-prob of each sampled token under the distribution sampled from, nats",
+    ),
+    RolloutColumn("finish_reason", pa.string(), "stop (EOS or a stop string) or length"),
+    RolloutColumn("text", pa.string(), "the completion decoded, special tokens left out"),
+    RolloutColumn("task", pa.string(), "the prompt's task; one a shard"),
+    RolloutColumn("answer", pa.string(), "the prompt set's reference answer", optional=True),
+    RolloutColumn(
+        "student_topk_ids",
+        _topk(pa.int32()),
+        "the student's S likeliest ids a token",
+        optional=True,
+    ),
+    RolloutColumn(
+        "student_topk_logprobs",
+        _topk(pa.float32()),
+        "their raw log-probs at temperature 1, nats, descending",
+        optional=True,
+    ),
+)
+
+
+def rollout_schema(*, answer: bool, student_topk: bool) -> pa.Schema:
+    """Arrow schema of a rollout shard with the given optional columns."""
+    present = {"answer": answer, "student_topk_ids": student_topk}
+    present["student_topk_logprobs"] = student_topk
+    return pa.schema(
+        [
+            pa.field(
+                column.name,
+                column.type,
+                nullable=column.name == "answer",
+                metadata={"description": column.description},
+            )
+            for column in ROLLOUT_COLUMNS
+            if present.get(column.name, True)
+        ]
+    )
+
+
+ScoreColumn = Literal["sampled", "entropy", "topk", "student_topk"]
+"""What a scorer can be asked for: one array, or several that only make sense together."""
+
+SCORE_COLUMNS: tuple[ScoreColumn, ...] = ("sampled", "entropy", "topk", "student_topk")
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreArray:
+    """One Zarr array of a score shard."""
+
+    name: str
+    column: ScoreColumn | None
+    dims: tuple[str, ...]
+    dtype: str
+    unit: str
+    description: str
+
+
+SCORE_ARRAYS = (
+    ScoreArray(
+        "token_offsets",
+        None,
+        ("offset",),
+        "int64",
+        "tokens",
+        "N + 1 offsets: completion i owns tokens offsets[i]:offsets[i + 1]",
+    ),
+    ScoreArray(
+        "sampled_logprobs",
+        "sampled",
+        ("token",),
+        "float16",
+        "nats",
+        "teacher log-prob of the sampled token",
+    ),
+    ScoreArray(
+        "entropy", "entropy", ("token",), "float16", "nats", "entropy of the teacher's distribution"
+    ),
+    ScoreArray(
+        "num_kept", "topk", ("token",), "uint16", "entries", "kept entries of the token, at most K"
+    ),
+    ScoreArray(
+        "tail_logprobs",
+        "topk",
+        ("token",),
+        "float16",
+        "nats",
+        "log of the teacher's mass outside the kept entries; -inf when they hold everything",
+    ),
+    ScoreArray(
+        "topk_ranks",
+        "topk",
+        ("token", "rank"),
+        "uint32",
+        "index",
+        "kept entries, likeliest first, as indexes into rank_ids; 0 past num_kept",
+    ),
+    ScoreArray(
+        "rank_ids",
+        "topk",
+        ("distinct",),
+        "uint32",
+        "token id",
+        "every token id that the shard keeps, most frequent first",
+    ),
+    ScoreArray(
+        "topk_steps",
+        "topk",
+        ("token", "rank"),
+        "uint16",
+        "step",
+        "drop of the log-prob from the entry before (from 0 for the first), in steps; 0 past "
+        "num_kept: topk_logprobs = -step * cumsum(topk_steps, axis=rank)",
+    ),
+    ScoreArray(
+        "student_topk_steps",
+        "student_topk",
+        ("token", "student_rank"),
+        "uint16",
+        "step",
+        "teacher log-prob of each recorded student id: student_topk_logprobs = -step * value",
+    ),
+    ScoreArray(
+        "student_tail_logprobs",
+        "student_topk",
+        ("token",),
+        "float16",
+        "nats",
+        "log of the teacher's mass outside the recorded student ids",
+    ),
+)
+
+
+def score_arrays(columns: frozenset[ScoreColumn]) -> tuple[ScoreArray, ...]:
+    """The arrays that a score shard with these columns holds, in their declared order."""
+    return tuple(a for a in SCORE_ARRAYS if a.column is None or a.column in columns)

@@ -1,0 +1,141 @@
+"""Manifests: what commits a shard, and the preimages that its key is made of.
+
+An *identity* is everything that decides a shard's contents; its key is the SHA-256 of the
+identity's canonical JSON (``opdcache.identity.key_of``). What cannot change the contents
+(engine version, batch shape, host) is provenance.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, JsonValue
+
+from . import SCHEMA_VERSION
+from .base import Model
+from .columns import ScoreColumn
+
+AS_SAMPLED = "as-sampled"
+"""Rendering of a teacher that reads exactly the prompt token ids that the student read."""
+
+Kind = Literal["rollouts", "scores"]
+
+
+class Sampling(Model):
+    """How completions are drawn from the student."""
+
+    temperature: float = Field(1.0, gt=0, description="softmax temperature")
+    top_p: float = Field(1.0, gt=0, le=1, description="nucleus mass; 1 keeps everything")
+    top_k: int = Field(0, ge=0, description="likeliest ids kept; 0 keeps everything")
+    min_p: float = Field(0.0, ge=0, le=1, description="least probability, relative to the top one")
+    max_tokens: int = Field(1024, ge=1, description="longest completion, in tokens")
+    stop: tuple[str, ...] = Field((), description="strings that end a completion")
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether tokens are drawn from the model's own distribution, unchanged."""
+        kept = self.top_p == 1 and self.top_k == 0 and self.min_p == 0
+        return kept and self.temperature == 1
+
+
+class RolloutIdentity(Model):
+    """Preimage of a rollout key."""
+
+    schema_version: int = Field(SCHEMA_VERSION, description="major version of the shard format")
+    student: str = Field(description="fingerprint of the policy's weights and configuration")
+    vocabulary: str = Field(description="fingerprint of the token ids' meaning")
+    prompts: str = Field(description="SHA-256 of the prompts' token ids, in request order")
+    seeds: str = Field(description="SHA-256 of the requests' seeds, in request order")
+    num_requests: int = Field(description="completions asked for")
+    sampling: Sampling = Field(description="how completions are drawn")
+    engine: dict[str, JsonValue] = Field(description="engine arguments that change the policy")
+    student_topk: int = Field(description="recorded student entries a token; 0 records none")
+
+
+class ScoreIdentity(Model):
+    """Preimage of a score key."""
+
+    schema_version: int = Field(SCHEMA_VERSION, description="major version of the shard format")
+    content: str = Field(description="content hash of the scored rollout shard")
+    teacher: str = Field(description="fingerprint of the scoring model")
+    rendering: str = Field(description="how the teacher's prompt is made")
+    dtype: str = Field(description="dtype that the teacher computes in")
+    columns: tuple[ScoreColumn, ...] = Field(description="stored columns, sorted")
+    k: int = Field(description="most kept entries a token; 0 without top-k")
+    mass: float = Field(description="entries are kept until they hold this mass; 1 keeps k always")
+    step: float = Field(description="quantisation step of the log-probs, nats")
+
+
+class ScoreRequirement(Model):
+    """What a run needs of the scores of a rollout shard. Any set that fits may serve it."""
+
+    teacher: str = Field(description="fingerprint of the scoring model")
+    rendering: str = Field(description="how the teacher's prompt is made")
+    dtype: str = Field(description="dtype that the teacher computes in")
+    columns: frozenset[ScoreColumn] = Field(description="columns needed")
+    k: int = Field(description="least kept entries a token")
+    mass: float = Field(description="least mass threshold")
+    step: float = Field(description="coarsest quantisation step, nats")
+
+    def served_by(self, scores: ScoreIdentity) -> frozenset[ScoreColumn]:
+        """The needed columns that this set gives; empty when it is another teacher's."""
+        same = (self.teacher, self.rendering, self.dtype)
+        if (scores.teacher, scores.rendering, scores.dtype) != same:
+            return frozenset()
+        fine = scores.step <= self.step
+        fits = {"topk": fine and scores.k >= self.k and scores.mass >= self.mass}
+        fits["student_topk"] = fine
+        return frozenset(c for c in self.columns & set(scores.columns) if fits.get(c, True))
+
+
+class ObjectEntry(Model):
+    """One stored object of a shard."""
+
+    path: str = Field(description="path below the attempt's prefix")
+    size_bytes: int = Field(description="length of the object")
+    sha256: str = Field(description="SHA-256 of the object's bytes, hex")
+
+
+class Provenance(Model):
+    """Who made a shard, when and how: never part of a key."""
+
+    versions: dict[str, str] = Field(description="package versions, this one's included")
+    host: str = Field(description="machine that made the shard")
+    run_id: str = Field(description="run that asked for the shard")
+    created_at: str = Field(description="time of the commit, UTC, ISO 8601")
+    elapsed_s: float = Field(description="seconds of computing, model loading excluded")
+    tokens_per_s: float = Field(description="completion tokens a second of computing")
+    details: dict[str, JsonValue] = Field(description="engine arguments, batch shape, device")
+
+
+class _Manifest(Model):
+    schema_version: int = Field(SCHEMA_VERSION, description="major version of the shard format")
+    key: str = Field(description="SHA-256 of the identity")
+    attempt: str = Field(description="name of the attempt that won")
+    objects: tuple[ObjectEntry, ...] = Field(description="every object of the shard")
+    num_rows: int = Field(description="completions")
+    num_tokens: int = Field(description="completion tokens")
+    dropped: dict[str, int] = Field(description="what was left out, by reason")
+    provenance: Provenance = Field(description="who made it, when and how")
+
+
+class RolloutManifest(_Manifest):
+    """Commits a rollout shard."""
+
+    kind: Literal["rollouts"] = Field("rollouts", description="what the shard holds")
+    identity: RolloutIdentity = Field(description="preimage of the key")
+    content: str = Field(description="hash of token ids, recorded ids and row order")
+    num_prompt_tokens: int = Field(description="prompt tokens, each completion's counted")
+    vocab_size: int = Field(description="ids are below this")
+    task: str = Field(description="the one task of the shard's prompts")
+
+
+class ScoreManifest(_Manifest):
+    """Commits a score shard."""
+
+    kind: Literal["scores"] = Field("scores", description="what the shard holds")
+    identity: ScoreIdentity = Field(description="preimage of the key")
+    rollout_key: str = Field(description="key of the rollout shard that was scored")
+    vocab_size: int = Field(description="ids are below this")
+    clip_floor: float = Field(description="log-probs below this are stored as this, nats")
+
+
+Manifest = Annotated[RolloutManifest | ScoreManifest, Field(discriminator="kind")]

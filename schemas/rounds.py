@@ -1,0 +1,107 @@
+"""Files of a run folder: what the run resolved to, and what each stage of a round pinned."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from .base import Model
+from .columns import ScoreColumn
+from .config import RunConfig
+
+Stage = Literal["rollout", "score", "train"]
+STAGES: tuple[Stage, ...] = ("rollout", "score", "train")
+
+
+class Resolved(Model):
+    """``resolved.json``: what a run file meant when the run began."""
+
+    run_id: str = Field(description="identity of the run, random")
+    opdcache: str = Field(description="version that began the run")
+    config: RunConfig = Field(description="the run file, paths made absolute")
+    student: str = Field(description="fingerprint of the policy of round 0")
+    teacher: str = Field(description="fingerprint of the teacher")
+    vocabulary: str = Field(description="fingerprint of the shared token ids")
+    vocab_size: int = Field(description="ids that both models can produce")
+
+
+class StagePlan(Model):
+    """``rounds/NNN/STAGE.plan.json``: what a stage set out to make, for ``status``."""
+
+    num_shards: int = Field(description="shards of the stage")
+    missing: tuple[str, ...] = Field(description="commits that were not there when it began")
+
+
+class RolloutShard(Model):
+    """A rollout shard that a round uses."""
+
+    key: str = Field(description="rollout key")
+    content: str = Field(description="content hash that everything downstream hangs on")
+    task: str = Field(description="the shard's task")
+    num_rows: int = Field(description="completions")
+    num_tokens: int = Field(description="completion tokens")
+    cached: bool = Field(description="whether another run had made it")
+
+
+class RolloutRound(Model):
+    """``rounds/NNN/rollout.json``."""
+
+    round: int = Field(description="index of the round")
+    student: str = Field(description="fingerprint of the policy that sampled")
+    shards: tuple[RolloutShard, ...] = Field(description="training shards, in plan order")
+    evaluation: tuple[RolloutShard, ...] = Field(description="held-out shards, in plan order")
+    dropped: dict[str, int] = Field(description="prompts left out, by reason")
+    elapsed_s: float = Field(description="wall time of the worker that finished the stage")
+
+
+class ServedColumns(Model):
+    """A score set and the columns that a round takes from it."""
+
+    key: str = Field(description="score key")
+    columns: tuple[ScoreColumn, ...] = Field(description="columns taken")
+
+
+class ScoredShard(Model):
+    """The score sets that serve a rollout shard."""
+
+    content: str = Field(description="content hash of the rollout shard")
+    served: tuple[ServedColumns, ...] = Field(description="sets, and what each gives")
+    cached: bool = Field(description="whether other runs had made every set")
+
+
+class ScoreRound(Model):
+    """``rounds/NNN/score.json``."""
+
+    round: int = Field(description="index of the round")
+    teacher: str = Field(description="fingerprint of the scoring model")
+    shards: tuple[ScoredShard, ...] = Field(description="in the order of the rollout shards")
+    elapsed_s: float = Field(description="wall time of the worker that finished the stage")
+
+
+class TrainRound(Model):
+    """``rounds/NNN/train.json``."""
+
+    round: int = Field(description="index of the round")
+    student: str = Field(description="fingerprint of the exported student")
+    num_updates: int = Field(description="optimizer updates of the run so far")
+    num_samples: int = Field(description="samples trained on in this round")
+    num_tokens: int = Field(description="supervised tokens in this round")
+    dropped: dict[str, int] = Field(description="samples left out, by reason")
+    elapsed_s: float = Field(description="wall time of the stage, over its restarts")
+
+
+class EvaluationRound(Model):
+    """``rounds/NNN/evaluation.json``: a round's student, before training, on held-out prompts."""
+
+    round: int = Field(description="index of the round; 0 is before any training")
+    student: str = Field(description="fingerprint of the student")
+    teacher: str = Field(description="fingerprint of the teacher")
+    contents: tuple[str, ...] = Field(description="content hashes of the held-out rollouts")
+    reverse_kl: float = Field(description="mean over tokens of KL(student || teacher), nats")
+    overlap: float = Field(description="share of the student's top 16 in the teacher's top 16")
+    entropy_gap: float = Field(description="mean over tokens of |H(teacher) - H(student)|, nats")
+    student_entropy: float = Field(description="mean over tokens of H(student), nats")
+    teacher_entropy: float = Field(description="mean over tokens of H(teacher), nats")
+    tokens: int = Field(description="completion tokens, sampled anew from this round's student")
+
+
+RoundFile = RolloutRound | ScoreRound | TrainRound | EvaluationRound
