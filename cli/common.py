@@ -9,6 +9,7 @@ import click
 from .progress import make_progress
 
 if TYPE_CHECKING:
+    from ..rounds import Step
     from ..runfolder import RunContext
     from ..stage import Worker
 
@@ -48,19 +49,19 @@ def parse_worker(text: str) -> "Worker":
     return Worker(index, count)
 
 
-def open_context(path: Path, worker: str = "0/1", round_index: int = 0) -> "RunContext":
-    """The run of a run file, checked, resolved and opened."""
+def open_context(path: Path, worker: str = "0/1", step: "Step | None" = None) -> "RunContext":
+    """The run of a run file, checked, resolved and opened; ``step`` must be one of its plan."""
     from ..errors import ConfigError
+    from ..rounds import steps
     from ..runfile import load_run
     from ..runfolder import open_run
 
     parsed = parse_worker(worker)
     config = load_run(path)
-    if round_index > config.rounds:
+    if step is not None and step not in steps(config):
         raise ConfigError(
-            f"there is no round {round_index}",
+            f"there is no {step.stage} stage of round {step.round} in this run",
             where=path,
-            expected=f"at most {config.rounds - 1}",
-            remedy="raise 'rounds'",
+            remedy=f"its rounds are 0 to {config.rounds - 1}",
         )
     return open_run(config, make_progress(), parsed)

@@ -2,18 +2,20 @@
 
 import sys
 import time
+from typing import TYPE_CHECKING
 
 import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 
-from ..stage import Progress
+if TYPE_CHECKING:
+    from ..stage import Progress
 
 _LINE_EVERY_S = 10.0
 
 
-def make_progress() -> Progress:
+def make_progress() -> "Progress":
     """A bar when standard error is a terminal, lines when it is not."""
     return Bar() if sys.stderr.isatty() else Lines()
 

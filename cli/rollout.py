@@ -12,7 +12,9 @@ from .common import open_context, stage_options, worker_option
 @worker_option
 def command(run_file: Path, round_index: int, worker: str) -> None:
     """Sample a round's completions with vLLM, and its held-out ones."""
-    context = open_context(run_file, worker, round_index)
+    from ..rounds import Step
+
+    context = open_context(run_file, worker, step=Step(round_index, "rollout"))
     from ..rollout.stage import run
 
     run(context, round_index)

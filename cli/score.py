@@ -12,7 +12,9 @@ from .common import open_context, stage_options, worker_option
 @worker_option
 def command(run_file: Path, round_index: int, worker: str) -> None:
     """Score a round's completions with the teacher."""
-    context = open_context(run_file, worker, round_index)
+    from ..rounds import Step
+
+    context = open_context(run_file, worker, step=Step(round_index, "score"))
     from ..score.stage import run
 
     run(context, round_index)

@@ -11,6 +11,7 @@ from pathlib import Path
 from ..rounds import is_done, steps
 from ..runfile import load_run
 from ..runfolder import RunFolder
+from ..stage import interrupts
 
 
 def run(run_file: Path) -> int:
@@ -29,9 +30,14 @@ def run(run_file: Path) -> int:
 
 
 def run_command(*arguments: str) -> int:
-    """One ``opdcache`` command in a process of its own; its exit code."""
+    """One ``opdcache`` command in a process of its own; its exit code.
+
+    A signal that stops this process stops the command first, gracefully.
+    """
     command = [sys.executable, "-m", "opdcache.cli.main", *arguments]
-    return subprocess.run(command, env=_environment(), check=False).returncode
+    process = subprocess.Popen(command, env=_environment())
+    with interrupts(process.terminate):
+        return process.wait()
 
 
 def _environment() -> dict[str, str]:

@@ -20,15 +20,20 @@ CHUNK_TOKENS = 512
 
 
 @dataclass(frozen=True, slots=True)
-class StudentStats:
-    """By-products of ``support_statistics``; no gradient flows through them.
+class StudentView:
+    """What a loss sees of the student's distributions.
 
     Attributes:
-        entropy_T: float32 [T], nats.
+        logprobs_TK: float32 [T, K], of the ids asked for; differentiable.
+        tail_T: float32 [T], log of the mass outside the ids marked as within; differentiable, and
+            summed over what it covers, so that it holds where it is small. Zeros unless asked for.
+        entropy_T: float32 [T], nats; no gradient.
         threshold_T: float32 [T], log-prob of the k-th likeliest id: an id is in the student's top-k
-            when its log-prob reaches this.
+            when its log-prob reaches this; no gradient.
     """
 
+    logprobs_TK: Tensor
+    tail_T: Tensor
     entropy_T: Tensor
     threshold_T: Tensor
 
@@ -92,36 +97,46 @@ def support_logprobs(
     Returns:
         float32 [T, K], nats.
     """
-    return support_statistics(hidden_TD, weight_VD, ids_TK, topk=1, chunk_tokens=chunk_tokens)[0]
+    return support_view(hidden_TD, weight_VD, ids_TK, chunk_tokens=chunk_tokens).logprobs_TK
 
 
-def support_statistics(
+def support_view(
     hidden_TD: Tensor,
     weight_VD: Tensor,
     ids_TK: Tensor,
     *,
-    topk: int,
+    within_TK: Tensor | None = None,
+    topk: int = 1,
     chunk_tokens: int = CHUNK_TOKENS,
-) -> tuple[Tensor, StudentStats]:
-    """``support_logprobs``, and statistics of the same distributions from the same pass.
+) -> StudentView:
+    """``support_logprobs``, with more of the same distributions from the same pass.
 
     Args:
-        topk: the k of ``StudentStats.threshold_T``.
+        within_TK: bool, the ids whose outside mass is ``StudentView.tail_T``.
+        topk: the k of ``StudentView.threshold_T``.
     """
-    logprobs, entropy, threshold = _SupportLogprobs.apply(
-        hidden_TD, weight_VD, ids_TK, min(topk, weight_VD.shape[0]), chunk_tokens
-    )  # type: ignore[no-untyped-call]
-    return logprobs, StudentStats(entropy, threshold)
+    topk = min(topk, weight_VD.shape[0])
+    return StudentView(
+        *_SupportView.apply(hidden_TD, weight_VD, ids_TK, within_TK, topk, chunk_tokens)  # type: ignore[no-untyped-call]
+    )
 
 
-class _SupportLogprobs(torch.autograd.Function):
+class _SupportView(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden_TD: Tensor, weight_VD: Tensor, ids_TK: Tensor, topk: int, chunk_tokens: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        ctx: Any,
+        hidden_TD: Tensor,
+        weight_VD: Tensor,
+        ids_TK: Tensor,
+        within_TK: Tensor | None,
+        topk: int,
+        chunk_tokens: int,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         num_tokens = hidden_TD.shape[0]
         logprobs_TK = hidden_TD.new_empty(ids_TK.shape, dtype=torch.float32)
-        lse_T, entropy_T, threshold_T = hidden_TD.new_empty((3, num_tokens), dtype=torch.float32)
+        lse_T, rest_T, entropy_T, threshold_T = hidden_TD.new_zeros(
+            (4, num_tokens), dtype=torch.float32
+        )
         weight = _matmul_ready(weight_VD)
         for part in _chunks(num_tokens, chunk_tokens):
             logits_CV = _matmul(hidden_TD[part], weight.t())
@@ -130,30 +145,40 @@ class _SupportLogprobs(torch.autograd.Function):
             threshold_T[part] = logits_CV.topk(topk, dim=1).values[:, -1] - lse_C
             entropy_T[part] = _entropy(logits_CV, lse_C)
             lse_T[part] = lse_C
-        ctx.save_for_backward(hidden_TD, weight_VD, ids_TK, lse_T)
+            if within_TK is not None:
+                rest_T[part] = _log_mass_without(logits_CV, ids_TK[part], within_TK[part])
+        ctx.save_for_backward(hidden_TD, weight_VD, ids_TK, within_TK, lse_T, rest_T)
         ctx.chunk_tokens = chunk_tokens
         ctx.mark_non_differentiable(entropy_T, threshold_T)
-        return logprobs_TK, entropy_T, threshold_T
+        tail_T = rest_T - lse_T if within_TK is not None else rest_T.clone()
+        return logprobs_TK, tail_T, entropy_T, threshold_T
 
     @staticmethod
-    def backward(ctx: Any, grad_TK: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        hidden_TD, weight_VD, ids_TK, lse_T = ctx.saved_tensors
+    def backward(
+        ctx: Any, grad_TK: Tensor, grad_tail_T: Tensor, *_: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        hidden_TD, weight_VD, ids_TK, within_TK, lse_T, rest_T = ctx.saved_tensors
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         weight = _matmul_ready(weight_VD)
         grad_hidden_TD = torch.empty_like(hidden_TD) if needs_hidden else None
         grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if needs_weight else None
+        total_T = grad_TK.sum(dim=1)
+        if within_TK is not None:
+            total_T = total_T + grad_tail_T
         for part in _chunks(hidden_TD.shape[0], ctx.chunk_tokens):
             logits_CV = _matmul(hidden_TD[part], weight.t())
-            grad_CV = logits_CV.sub_(lse_T[part, None]).exp_()
-            grad_CV.mul_(-grad_TK[part].sum(dim=1, keepdim=True))
+            grad_CV = (logits_CV - lse_T[part, None]).exp_().mul_(-total_T[part, None])
             grad_CV.scatter_add_(1, ids_TK[part], grad_TK[part])
+            if within_TK is not None:
+                outside_CV = _probs_without(logits_CV, rest_T[part], ids_TK[part], within_TK[part])
+                grad_CV.addcmul_(outside_CV, grad_tail_T[part, None])
             if grad_hidden_TD is not None:
                 grad_hidden_TD[part] = _matmul(grad_CV, weight).to(hidden_TD.dtype)
             if grad_weight_VD is not None:
                 grad_weight_VD += _matmul(grad_CV.t(), hidden_TD[part])
         if grad_weight_VD is not None:
             grad_weight_VD = grad_weight_VD.to(weight_VD.dtype)
-        return grad_hidden_TD, grad_weight_VD, None, None, None
+        return grad_hidden_TD, grad_weight_VD, None, None, None, None
 
 
 @torch.no_grad()
@@ -206,8 +231,6 @@ def teacher_statistics(
                 outside_C,
             )
         )
-    if not rows:
-        return _no_stats(hidden_TD, k, gather_TS.shape[1])
     return TeacherStats(*(torch.cat(column) for column in zip(*rows, strict=True)))
 
 
@@ -249,11 +272,11 @@ def split_head(model: nn.Module, where: Path) -> tuple[nn.Module, nn.Linear]:
     head = model.get_output_embeddings()  # type: ignore[operator]
     if not isinstance(head, nn.Linear) or head.bias is not None:
         raise ModelError("the LM head is not a plain linear map", where=where)
-    probe = torch.tensor([[1, 2, 3]], device=head.weight.device)
+    probe = torch.arange(16, device=head.weight.device)[None] % head.weight.shape[0]
     with torch.no_grad():
         ours = head(body(input_ids=probe).last_hidden_state).float()
         theirs = model(input_ids=probe).logits.float()
-    if not torch.allclose(ours, theirs, rtol=2e-2, atol=2e-2):
+    if not torch.allclose(ours, theirs, rtol=1e-3, atol=1e-3):
         raise ModelError(
             "logits are not the LM head applied to the last hidden state",
             where=where,
@@ -270,13 +293,25 @@ def _within_mass(topk_CK: Tensor, mass: float) -> Tensor:
     return held.cumsum(dim=1) - held < mass
 
 
-def _log_mass_without(logits_CV: Tensor, ids_CK: Tensor, masked_CK: Tensor) -> Tensor:
-    """``logsumexp`` over all but the masked ids; the logits are as before when it returns."""
+def _log_mass_without(logits_CV: Tensor, ids_CK: Tensor, within_CK: Tensor) -> Tensor:
+    """``logsumexp`` over all but the ids within; the logits are as before when it returns.
+
+    An id may stand more than once, within and not: the least value counts, so it is left out.
+    """
     values_CK = logits_CV.gather(1, ids_CK)
-    logits_CV.scatter_(1, ids_CK, values_CK.masked_fill(masked_CK, -torch.inf))
+    left_out_CK = values_CK.masked_fill(within_CK, -torch.inf)
+    logits_CV.scatter_reduce_(1, ids_CK, left_out_CK, "amin")
     rest_C = torch.logsumexp(logits_CV, dim=1)
     logits_CV.scatter_(1, ids_CK, values_CK)
     return rest_C
+
+
+def _probs_without(logits_CV: Tensor, rest_C: Tensor, ids_CK: Tensor, within_CK: Tensor) -> Tensor:
+    """Probabilities renormalised outside the ids within, in the place of the logits."""
+    nothing_C = rest_C.masked_fill(rest_C.isinf(), torch.inf)
+    probs_CV = logits_CV.sub_(nothing_C[:, None]).exp_()
+    inside_CK = probs_CV.gather(1, ids_CK).masked_fill(within_CK, 0)
+    return probs_CV.scatter_reduce_(1, ids_CK, inside_CK, "amin")
 
 
 def _entropy(logits_CV: Tensor, lse_C: Tensor) -> Tensor:
@@ -285,14 +320,9 @@ def _entropy(logits_CV: Tensor, lse_C: Tensor) -> Tensor:
     return lse_C - probs_CV.mul_(logits_CV).sum(dim=1)
 
 
-def _no_stats(hidden_TD: Tensor, k: int, width: int) -> TeacherStats:
-    flat, ids = hidden_TD.new_empty(0, dtype=torch.float32), torch.empty((0, k), dtype=torch.long)
-    pairs, gathered = flat.reshape(0, k), flat.reshape(0, width)
-    return TeacherStats(flat, flat, ids, pairs, ids.sum(1), flat, gathered, flat)
-
-
 def _chunks(num_tokens: int, chunk_tokens: int) -> Iterator[slice]:
-    for start in range(0, num_tokens, chunk_tokens):
+    """Slices of the token axis; one empty slice when there are no tokens."""
+    for start in range(0, max(num_tokens, 1), chunk_tokens):
         yield slice(start, min(start + chunk_tokens, num_tokens))
 
 

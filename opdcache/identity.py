@@ -117,10 +117,10 @@ def model_fingerprint(folder: Path, hashes: FileHashes) -> str:
     Raises:
         ModelError: the folder is missing, or holds no configuration or no weights.
     """
-    weights = weight_files(folder)
     config = model_config(folder)
-    generation = folder / "generation_config.json"
-    stop = json.loads(generation.read_text()) if generation.exists() else {}
+    weights = weight_files(folder)
+    has_generation = (folder / "generation_config.json").exists()
+    stop = _json_mapping(folder, "generation_config.json") if has_generation else {}
     parts = {
         "weights": [[p.name, h] for p, h in zip(weights, hashes.of(weights), strict=True)],
         "config": {k: v for k, v in config.items() if k not in _NOT_IDENTITY},
@@ -137,19 +137,23 @@ def model_config(folder: Path) -> dict[str, Any]:
     """
     if not folder.is_dir():
         raise ModelError("no such model folder", where=folder, remedy="check the path in run.yaml")
+    return _json_mapping(folder, "config.json")
+
+
+def _json_mapping(folder: Path, name: str) -> dict[str, Any]:
     try:
-        config = json.loads((folder / "config.json").read_text())
+        value = json.loads((folder / name).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ModelError(
-            "not a Hugging Face model: config.json is missing",
+            f"not a Hugging Face model: {name} is missing",
             where=folder,
             remedy="save it with save_pretrained",
         ) from error
     except ValueError as error:
-        raise ModelError("config.json is not JSON", where=folder) from error
-    if not isinstance(config, dict):
-        raise ModelError("config.json is not a mapping", where=folder)
-    return config
+        raise ModelError(f"{name} is not JSON", where=folder) from error
+    if not isinstance(value, dict):
+        raise ModelError(f"{name} is not a mapping", where=folder)
+    return value
 
 
 def model_vocab_size(config: Mapping[str, Any]) -> int:

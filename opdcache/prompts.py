@@ -93,9 +93,9 @@ def load_prompts(source: PromptSource) -> PromptSet:
     distinct: dict[str, Prompt] = {}
     for prompt in listed:
         first = distinct.setdefault(prompt.prompt_id, prompt)
-        if first.content != prompt.content:
+        if (first.content, first.answer) != (prompt.content, prompt.answer):
             raise PromptError(
-                f"id {prompt.prompt_id!r} stands for two prompts",
+                f"id {prompt.prompt_id!r} stands for two prompts, or for two answers",
                 where=where,
                 remedy="give rows ids of their own",
             )
@@ -105,7 +105,7 @@ def load_prompts(source: PromptSource) -> PromptSet:
 
 def _jsonl(path: Path) -> Iterator[tuple[str, Any]]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8"
         raise PromptError(f"prompt file cannot be read: {reason}", where=path) from error
@@ -147,12 +147,15 @@ def _parse(row: Any, place: str) -> Prompt:
     if not chat or not all(isinstance(part, str) for message in chat for part in message):
         raise PromptError("role and content are text, and there is a message", where=place)
     answer = row.get("answer")
-    return _prompt(
-        chat,
-        task=str(row.get("task") or "default"),
-        answer=None if answer is None else str(answer),
-        prompt_id=row.get("id"),
-    )
+    try:
+        return _prompt(
+            chat,
+            task=str(row.get("task") or "default"),
+            answer=None if answer is None else str(answer),
+            prompt_id=row.get("id"),
+        )
+    except UnicodeEncodeError as error:
+        raise PromptError("the text is not Unicode: half a character", where=place) from error
 
 
 def _prompt(

@@ -19,13 +19,15 @@ def load_run(path: Path) -> RunConfig:
         ConfigError: the file is missing, not YAML, or not a valid run; names the key at fault.
     """
     try:
-        raw = yaml.safe_load(path.read_text())
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(
             f"run file cannot be read: {error.strerror}",
             where=path,
             remedy="give the path of a run.yaml ('opdcache demo' writes one)",
         ) from error
+    except UnicodeDecodeError as error:
+        raise ConfigError("not UTF-8 text", where=path) from error
     except yaml.YAMLError as error:
         place = getattr(error, "problem_mark", None)
         line = f":{place.line + 1}" if place else ""
@@ -42,8 +44,9 @@ def load_run(path: Path) -> RunConfig:
 
 
 def _explain(error: ValidationError, path: Path) -> ConfigError:
-    """The first fault as one line; a misspelt key gets its near match."""
-    first, rest = error.errors()[0], len(error.errors()) - 1
+    """The first fault as one line; a misspelt key, with its near match, before what it left out."""
+    faults = sorted(error.errors(), key=lambda fault: fault["type"] != "extra_forbidden")
+    first, rest = faults[0], len(faults) - 1
     loc = [str(part) for part in first["loc"]]
     more = f" ({rest} more)" if rest else ""
     if first["type"] == "extra_forbidden":
@@ -90,10 +93,10 @@ def _absolute(config: RunConfig, path: Path) -> RunConfig:
         return value if "://" in value else str(base / Path(value).expanduser())
 
     def model(value: str) -> str:
-        """A folder if there is one, or if it can only be a path; else a hub id."""
+        """A folder if there is one, or if it reads like a path; else a hub id."""
         folder = base / Path(value).expanduser()
         is_path = value.startswith((".", "/", "~")) or value.count("/") != 1
-        return str(folder) if folder.exists() or is_path else value
+        return str(folder) if is_path or folder.parent.exists() else value
 
     def source(value: PromptSource) -> PromptSource:
         if isinstance(value, ReasoningGymSource):

@@ -155,7 +155,7 @@ class RunContext:
         return self.folder.student_path(round_index)
 
 
-def open_run(config: RunConfig, progress: Progress, worker: Worker = Worker()) -> RunContext:  # noqa: B008
+def open_run(config: RunConfig, progress: Progress, worker: Worker) -> RunContext:
     """Resolve a run file, or check it against what the run resolved to when it began.
 
     Raises:

@@ -159,14 +159,18 @@ def _versions() -> dict[str, str]:
 
 @contextmanager
 def interrupts(handle: Callable[[], None]) -> Iterator[None]:
-    """Within the block, SIGTERM and SIGINT call ``handle`` in the main thread."""
+    """Within the block, the first SIGTERM or SIGINT calls ``handle`` in the main thread.
+
+    Later ones change nothing, so that cleaning up is not cut short.
+    """
+    signals = (signal.SIGTERM, signal.SIGINT)
 
     def on_signal(number: int, frame: FrameType | None) -> None:
+        for each in signals:
+            signal.signal(each, signal.SIG_IGN)
         handle()
 
-    before = {
-        number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)
-    }
+    before = {number: signal.signal(number, on_signal) for number in signals}
     try:
         yield
     finally:

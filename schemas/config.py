@@ -164,6 +164,15 @@ class RunConfig(Model):
     train: TrainConfig = Field(TrainConfig(), description="train stage")
     evaluation: EvaluationConfig | None = Field(None, description="held-out evaluation")
 
+    @model_validator(mode="after")
+    def _masters_are_float32(self) -> Self:
+        if self.train.dtype == "bfloat16" and self.train.zero_stage == 0:
+            raise ValueError(
+                "train.zero_stage: 0 keeps no float32 masters of bfloat16 weights; set it to 1, "
+                "which on one device costs nothing"
+            )
+        return self
+
     @property
     def score_columns(self) -> frozenset[ScoreColumn]:
         """Columns that this run stores: those asked for that its rollouts allow."""

@@ -6,10 +6,11 @@ Otherwise the engine reports the processed ones while it samples, and a second, 
 over the finished completions gives the raw ones: vLLM's prompt log-probs are always raw.
 """
 
+import difflib
 import os
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -88,6 +89,7 @@ class Sampler:
                 "logprobs_mode": "processed_logprobs" if processed else "raw_logprobs",
                 "max_logprobs": max(topk, 1),
                 "disable_log_stats": True,
+                "use_tqdm_on_load": False,
                 **_cpu_arguments(),
                 **arguments,
             }
@@ -210,15 +212,15 @@ def _start(arguments: dict[str, Any]) -> "LLM":
     if all(arguments.get(name, 1) == 1 for name in sizes):
         # One device: the engine runs in this process, which saves most of its start-up.
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    # vLLM looks at every attribute of torch, the deprecated ones too, when it is imported.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"vllm\.triton_utils")
     from vllm import LLM
     from vllm.engine.arg_utils import EngineArgs
 
     known = EngineArgs.__dataclass_fields__
     unknown = sorted(set(arguments) - set(known))
     if unknown:
-        import difflib
-
-        near = list(islice(difflib.get_close_matches(unknown[0], known), 1))
+        near = difflib.get_close_matches(unknown[0], known, n=1)
         raise ConfigError(
             f"rollout.engine: vLLM has no engine argument {unknown[0]!r}",
             remedy=f"did you mean {near[0]!r}?" if near else "see vLLM's engine arguments",

@@ -6,7 +6,7 @@ Layout (``docs/format.md``)::
     commits/scores/<content>/<teacher>/<key>.json
     data/<key[:2]>/<key>/<attempt>/...             objects that a manifest names
     claims/<kind>/...                              leases, see ``claims``
-    runs/<run id>.json                             keys that a run pins
+    runs/<run id>/<digest>.json                    keys that a run pins
 """
 
 import hashlib
@@ -204,20 +204,31 @@ class Cache:
         assert manifest.key == key_of(manifest.identity)
         body = manifest.model_dump(mode="json")
         data = canonical_json({"manifest": body, "sha256": digest(body)})
-        won = self.objects.create(_commit_path(manifest), data)
-        if not won:
-            attempt.discard()
-        return won
+        path = _commit_path(manifest)
+        if self.objects.create(path, data):
+            return True
+        # A store that repeats a create whose answer was lost meets its own manifest.
+        if self.objects.get(path) == data:
+            return True
+        attempt.discard()
+        return False
 
     def pin(self, run_id: str, kind: Kind, keys: Iterable[str]) -> None:
-        """Add keys to those that a run uses, so that clean-up leaves them alone."""
-        path = f"runs/{run_id}.json"
-        try:
-            pinned: dict[str, list[str]] = json.loads(self.objects.get(path))
-        except ObjectMissing:
-            pinned = {}
-        pinned[kind] = sorted({*pinned.get(kind, []), *keys})
-        self.objects.put(path, canonical_json(pinned))
+        """Add keys to those that a run uses, so that clean-up leaves them alone.
+
+        Every call is an object of its own, named by what it pins: workers that pin at the same time
+        lose nothing.
+        """
+        data = canonical_json({kind: sorted(set(keys))})
+        self.objects.create(f"runs/{run_id}/{digest([kind, sorted(set(keys))])[:16]}.json", data)
+
+    def pins(self, run_id: str) -> dict[str, set[str]]:
+        """Every key that a run has pinned, by kind."""
+        pinned: dict[str, set[str]] = {}
+        for info in self.objects.list(f"runs/{run_id}"):
+            for kind, keys in json.loads(self.objects.get(info.path)).items():
+                pinned.setdefault(kind, set()).update(keys)
+        return pinned
 
     def _load(self, path: str, kind: type[AnyManifest]) -> AnyManifest | None:
         """A manifest, checked against its own checksum, its version and its key."""
@@ -231,7 +242,7 @@ class Cache:
             body, sha256 = stored["manifest"], stored["sha256"]
         except (ValueError, TypeError, KeyError) as error:
             raise InvalidShard("not a manifest", where=where, remedy=_REMEDY) from error
-        if canonical_json(stored) != data or digest(body) != sha256:
+        if not _is_canonical(stored, data) or digest(body) != sha256:
             raise ChecksumMismatch(
                 "manifest does not match its checksum", where=where, remedy=_REMEDY
             )
@@ -249,7 +260,11 @@ class Cache:
             raise InvalidShard(
                 f"not a manifest: {error.errors()[0]['msg']}", where=where
             ) from error
-        if not isinstance(manifest, kind) or key_of(manifest.identity) != manifest.key:
+        if (
+            not isinstance(manifest, kind)
+            or _commit_path(manifest) != path
+            or key_of(manifest.identity) != manifest.key
+        ):
             raise InvalidShard("manifest is not of its key", where=where, remedy=_REMEDY)
         return manifest
 
@@ -286,6 +301,13 @@ def rollout_commit(key: str) -> str:
 def score_commit(content: str, teacher: str, key: str) -> str:
     """Where a score set's manifest is."""
     return f"commits/scores/{content}/{teacher}/{key}.json"
+
+
+def _is_canonical(value: object, data: bytes) -> bool:
+    try:
+        return canonical_json(value) == data
+    except ValueError:  # a changed byte can make a number infinite
+        return False
 
 
 def _commit_path(manifest: RolloutManifest | ScoreManifest) -> str:

@@ -32,8 +32,8 @@ def encode_logprobs(logprobs: Floats, step: float) -> NDArray[np.uint16]:
     """
     if np.isnan(logprobs).any() or (logprobs > 1e-3).any():
         raise InvalidShard("a log-prob is NaN or above 0", remedy="report the scoring backend")
-    multiples = np.rint(logprobs / np.float32(-step))
-    return np.clip(multiples, 0, _LAST_STEP, out=multiples).astype(np.uint16)
+    multiples: Floats = np.rint(logprobs / np.float32(-step))
+    return multiples.clip(0, _LAST_STEP).astype(np.uint16)
 
 
 def decode_logprobs(steps: NDArray[np.uint16], step: float) -> Floats:

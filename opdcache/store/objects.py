@@ -5,6 +5,7 @@ alike: put, exclusive create, get, list, delete. Everything above speaks of path
 meets errors of ``opdcache.errors`` only.
 """
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,8 +23,11 @@ from obstore.store import LocalStore, MemoryStore, from_url
 
 from ..errors import ObjectMissing, StoreError, StoreFull, StoreUnavailable
 
-_FULL = ("no space left", "os error 28", "quota", "os error 122")
-_PASSING = ("timed out", "timeout", "connection", "reset", "503", "500", "slowdown", "retr")
+# Signs of a fault in a store's message, none of which a path can hold by chance.
+_FULL = re.compile(r"\(os error (28|122)\)")
+_PASSING = re.compile(
+    r"error sending request|after \d+ retries|status code: (429|5\d\d)|\(os error (104|110|111)\)"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,20 +119,17 @@ def _errors(where: str) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError as error:
-        raise ObjectMissing(
-            "no such object", where=where, remedy="run 'opdcache cache verify'"
-        ) from error
+        raise ObjectMissing("no such object", where=where) from error
     except (PermissionDeniedError, UnauthenticatedError, PermissionError) as error:
         raise StoreError("not allowed", where=where, remedy="check the permissions") from error
     except AlreadyExistsError:
         raise
     except (BaseError, OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        lowered = str(error).lower()
-        if any(sign in lowered for sign in _FULL):
+        if _FULL.search(str(error)):
             raise StoreFull(
                 "no space left", where=where, remedy="free some, then run the same command again"
             ) from error
-        if any(sign in lowered for sign in _PASSING):
+        if _PASSING.search(str(error)):
             raise StoreUnavailable(reason, where=where, remedy="try again") from error
         raise StoreError(reason, where=where) from error

@@ -3,22 +3,24 @@
 Legend: B sequences, L padded length, T completion tokens, K support.
 """
 
+import math
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import ModelError
-from ..heads import StudentStats, split_head, support_statistics
+from ..errors import ModelError, StoreFull
+from ..heads import StudentView, split_head, support_view
 from ..models import default_device, load_model
-from ..schemas.config import TrainConfig
+from ..schemas.config import OptimizerConfig, TrainConfig
+from .samples import MicroBatch
 
 _CARRIED = (
     "tokenizer*",
@@ -30,6 +32,7 @@ _CARRIED = (
 )
 
 
+_LEAST_FREE_BYTES = 2**20
 _TAG = "round-{:03d}-update-{:06d}"
 
 
@@ -62,13 +65,18 @@ class SupportHead(nn.Module):
         self._chunk_tokens = chunk_tokens
 
     def forward(
-        self, hidden_TD: Tensor, ids_TK: Tensor, topk: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Log-probs of the ids [T, K], and the fields of ``StudentStats``."""
-        logprobs_TK, stats = support_statistics(
-            hidden_TD, self.weight, ids_TK, topk=topk, chunk_tokens=self._chunk_tokens
+        self, hidden_TD: Tensor, ids_TK: Tensor, within_TK: Tensor | None, topk: int
+    ) -> tuple[Tensor, ...]:
+        """The fields of ``StudentView``; see ``support_view``."""
+        view = support_view(
+            hidden_TD,
+            self.weight,
+            ids_TK,
+            within_TK=within_TK,
+            topk=topk,
+            chunk_tokens=self._chunk_tokens,
         )
-        return logprobs_TK, stats.entropy_T, stats.threshold_T
+        return tuple(getattr(view, field.name) for field in fields(view))
 
 
 class Student(nn.Module):
@@ -80,13 +88,19 @@ class Student(nn.Module):
         self.head = SupportHead(head.weight, chunk_tokens)
 
     def forward(
-        self, input_ids_BL: Tensor, rows_T: Tensor, columns_T: Tensor, ids_TK: Tensor, topk: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Log-probs of the ids at the given positions; the head is applied to those alone."""
+        self,
+        input_ids_BL: Tensor,
+        rows_T: Tensor,
+        columns_T: Tensor,
+        ids_TK: Tensor,
+        within_TK: Tensor | None,
+        topk: int,
+    ) -> tuple[Tensor, ...]:
+        """The head's view at the given positions; it is applied to those alone."""
         body = self.model.base_model(input_ids=input_ids_BL, use_cache=False)  # type: ignore[operator]
         hidden_TD = body.last_hidden_state[rows_T, columns_T]
-        logprobs: tuple[Tensor, Tensor, Tensor] = self.head(hidden_TD, ids_TK, topk)
-        return logprobs
+        view: tuple[Tensor, ...] = self.head(hidden_TD, ids_TK, within_TK, topk)
+        return view
 
 
 class Learner:
@@ -105,7 +119,6 @@ class Learner:
         self.device = default_device()
         os.environ.setdefault("DS_ACCELERATOR", self.device.type)
         import deepspeed
-        from transformers import get_scheduler
 
         _init_distributed()
         model = load_model(folder, config.dtype, self.device)
@@ -121,8 +134,9 @@ class Learner:
             eps=config.optimizer.eps,
             weight_decay=config.optimizer.weight_decay,
         )
-        name = config.optimizer.schedule.replace("constant", "constant_with_warmup")
-        scheduler = get_scheduler(name, optimizer, config.optimizer.warmup_updates, total_updates)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda done: lr_factor(config.optimizer, done, total_updates)
+        )
         self._engine: Any = deepspeed.initialize(
             model=student,
             optimizer=optimizer,
@@ -131,12 +145,12 @@ class Learner:
         )[0]
         self.rank, self.world_size = deepspeed.comm.get_rank(), deepspeed.comm.get_world_size()
 
-    def logprobs(
-        self, input_ids_BL: Tensor, rows_T: Tensor, columns_T: Tensor, ids_TK: Tensor, topk: int
-    ) -> tuple[Tensor, StudentStats]:
-        """Differentiable log-probs of the ids [T, K], and statistics of their distributions."""
-        logprobs, entropy, threshold = self._engine(input_ids_BL, rows_T, columns_T, ids_TK, topk)
-        return logprobs, StudentStats(entropy, threshold)
+    def view(
+        self, batch: MicroBatch, ids_TK: Tensor, within_TK: Tensor | None, topk: int
+    ) -> StudentView:
+        """The live student's view of the ids at the batch's tokens; see ``support_view``."""
+        place = (batch.input_ids_BL, batch.rows_T, batch.columns_T)
+        return StudentView(*self._engine(*place, ids_TK, within_TK, topk))
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of a rank's share of the loss; shares add up over ranks and calls."""
@@ -164,8 +178,10 @@ class Learner:
     def save(self, checkpoints: Path, position: Position) -> None:
         """Save weights, float32 masters, moments, schedule and position; older saves go after."""
         tag = _TAG.format(position.round, position.num_updates)
-        state = {name: getattr(position, name) for name in position.__slots__}
-        self._engine.save_checkpoint(str(checkpoints), tag=tag, client_state={"position": state})
+        with _space(checkpoints):
+            self._engine.save_checkpoint(
+                str(checkpoints), tag=tag, client_state={"position": asdict(position)}
+            )
         if self.rank == 0:
             for old in checkpoints.iterdir():
                 if old.is_dir() and old.name != tag:
@@ -188,7 +204,7 @@ class Learner:
             else None
         )
         if self.rank == 0:
-            with _whole(folder) as draft:
+            with _space(folder), _whole(folder) as draft:
                 weights = None if state is None else _model_state(state)
                 self._model.save_pretrained(draft, state_dict=weights)  # type: ignore[operator]
                 for pattern in _CARRIED:
@@ -205,6 +221,21 @@ class Learner:
     def _local_norm(self) -> Tensor:
         grads = [p.grad for p in self._engine.module.parameters() if p.grad is not None]
         return torch.nn.utils.get_total_norm(grads)
+
+
+def lr_factor(optimizer: OptimizerConfig, done: int, total: int) -> float:
+    """Share of the peak learning rate at the update that follows ``done`` others.
+
+    The warm-up's first update is not at 0, as it is elsewhere: it would throw a batch of teacher
+    tokens away.
+    """
+    warmup = optimizer.warmup_updates
+    if done < warmup:
+        return (done + 1) / (warmup + 1)
+    if optimizer.schedule == "constant":
+        return 1.0
+    left = 1 - min(1.0, (done - warmup) / max(1, total - warmup))
+    return left if optimizer.schedule == "linear" else (1 - math.cos(math.pi * left)) / 2
 
 
 def saved(checkpoints: Path) -> tuple[int, int] | None:
@@ -260,6 +291,21 @@ def _model_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
     if not found:
         raise ModelError("the consolidated state holds no weights")
     return found
+
+
+@contextmanager
+def _space(path: Path) -> Iterator[None]:
+    """A full disk as one error: torch, DeepSpeed and safetensors each raise their own."""
+    try:
+        yield
+    except Exception as error:
+        there = next(p for p in (path, *path.parents) if p.exists())
+        full = shutil.disk_usage(there).free < _LEAST_FREE_BYTES
+        if full or "no space left" in str(error).lower():
+            raise StoreFull(
+                "no space left", where=path, remedy="free some, then run the same command again"
+            ) from error
+        raise
 
 
 @contextmanager

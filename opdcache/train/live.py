@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..heads import StudentStats
+from ..heads import StudentView
 from ..schemas.losses import LossConfig
 from .losses import OnSupport, tail_reverse_kl
 from .samples import MicroBatch
@@ -22,13 +22,13 @@ class Live:
         sampled_T: of the sampled tokens.
         topk_TK: of the teacher's kept entries; None when none are stored.
         recorded_TS: of the recorded student ids; None unless the loss looks at them.
-        stats: of the whole distributions, without gradient.
+        view: the rest of what the head gave, the tail that the loss asked for included.
     """
 
     sampled_T: Tensor
     topk_TK: Tensor | None
     recorded_TS: Tensor | None
-    stats: StudentStats
+    view: StudentView
 
 
 def ids_to_gather(loss: LossConfig, batch: MicroBatch) -> Tensor:
@@ -36,43 +36,67 @@ def ids_to_gather(loss: LossConfig, batch: MicroBatch) -> Tensor:
     return torch.cat([batch.sampled_T[:, None], *_more_ids(loss, batch)], dim=1)
 
 
-def live(loss: LossConfig, batch: MicroBatch, logprobs: Tensor, stats: StudentStats) -> Live:
-    """Take apart the log-probs of ``ids_to_gather``."""
+def within_support(loss: LossConfig, batch: MicroBatch) -> Tensor | None:
+    """Which of ``ids_to_gather`` the student's tail leaves out; None when the loss has no tail.
+
+    For the overlap these are the teacher's kept entries: those that are not shared join the tail
+    afterwards, once the live student is known.
+    """
+    if loss.normalisation != "tail":
+        return None
+    columns = [torch.zeros_like(batch.sampled_T, dtype=torch.bool)[:, None]]
+    if batch.kept_TK is not None:
+        unused = loss.support == "student_topk"
+        columns.append(torch.zeros_like(batch.kept_TK) if unused else batch.kept_TK)
+    if loss.support == "student_topk":
+        assert batch.recorded_ids_TS is not None
+        columns.append(torch.ones_like(batch.recorded_ids_TS, dtype=torch.bool))
+    return torch.cat(columns, dim=1)
+
+
+def live(loss: LossConfig, batch: MicroBatch, view: StudentView) -> Live:
+    """Take apart the head's view of ``ids_to_gather``."""
     topk = recorded = None
     start = 1
     if batch.topk_ids_TK is not None:
-        topk = logprobs[:, start : start + batch.topk_ids_TK.shape[1]]
+        topk = view.logprobs_TK[:, start : start + batch.topk_ids_TK.shape[1]]
         start += batch.topk_ids_TK.shape[1]
     if loss.support == "student_topk":
-        recorded = logprobs[:, start:]
-    return Live(logprobs[:, 0], topk, recorded, stats)
+        recorded = view.logprobs_TK[:, start:]
+    return Live(view.logprobs_TK[:, 0], topk, recorded, view)
 
 
 def on_support(loss: LossConfig, batch: MicroBatch, student: Live) -> OnSupport:
     """Both sides of the loss on its support."""
+    tail_T = student.view.tail_T
     if loss.support == "sampled":
         assert batch.teacher_sampled_T is not None
         alone = torch.ones_like(batch.sampled_T, dtype=torch.bool)[:, None]
-        nothing = torch.zeros_like(student.sampled_T)
-        return OnSupport(
-            student.sampled_T[:, None], batch.teacher_sampled_T[:, None], alone, nothing
-        )
+        teacher_T1 = batch.teacher_sampled_T[:, None]
+        return OnSupport(student.sampled_T[:, None], teacher_T1, alone, tail_T, tail_T)
     if loss.support == "student_topk":
         assert student.recorded_TS is not None
         assert batch.recorded_TS is not None
         assert batch.recorded_tail_T is not None
         whole = torch.ones_like(batch.recorded_TS, dtype=torch.bool)
-        return OnSupport(student.recorded_TS, batch.recorded_TS, whole, batch.recorded_tail_T)
+        return OnSupport(
+            student.recorded_TS, batch.recorded_TS, whole, tail_T, batch.recorded_tail_T
+        )
     assert student.topk_TK is not None
     assert batch.topk_TK is not None
     assert batch.kept_TK is not None
     assert batch.tail_T is not None
     if loss.support == "teacher_topk":
-        return OnSupport(student.topk_TK, batch.topk_TK, batch.kept_TK, batch.tail_T)
-    shared_TK = _shared(batch.kept_TK, student.topk_TK, student.stats)
-    left_out = batch.topk_TK.masked_fill(shared_TK | ~batch.kept_TK, -torch.inf)
-    tail_T = torch.logaddexp(batch.tail_T, torch.logsumexp(left_out, dim=1))
-    return OnSupport(student.topk_TK, batch.topk_TK, shared_TK, tail_T)
+        return OnSupport(student.topk_TK, batch.topk_TK, batch.kept_TK, tail_T, batch.tail_T)
+    shared_TK = _shared(batch.kept_TK, student)
+    left_out_TK = batch.kept_TK & ~shared_TK
+    return OnSupport(
+        student.topk_TK,
+        batch.topk_TK,
+        shared_TK,
+        _joined(tail_T, student.topk_TK, left_out_TK),
+        _joined(batch.tail_T, batch.topk_TK, left_out_TK),
+    )
 
 
 @torch.no_grad()
@@ -89,7 +113,7 @@ def metric_sums(
     sums = {
         "num_tokens": torch.ones_like(losses_T),
         "loss": losses_T,
-        "student_entropy": student.stats.entropy_T,
+        "student_entropy": student.view.entropy_T,
         "weight": weight_T,
         "weight_squared": weight_T.square(),
     }
@@ -98,7 +122,7 @@ def metric_sums(
         sums["reverse_kl_sampled"] = log_ratio_T.exp() - 1 - log_ratio_T
     if batch.teacher_entropy_T is not None:
         sums["teacher_entropy"] = batch.teacher_entropy_T
-        sums["entropy_gap"] = (batch.teacher_entropy_T - student.stats.entropy_T).abs()
+        sums["entropy_gap"] = (batch.teacher_entropy_T - student.view.entropy_T).abs()
     if student.topk_TK is not None:
         sums |= _overlap_sums(batch, student)
     return {name: values.double().sum() for name, values in sums.items()}
@@ -120,9 +144,16 @@ def _more_ids(loss: LossConfig, batch: MicroBatch) -> list[Tensor]:
     return [ids for ids in (batch.topk_ids_TK, recorded) if ids is not None]
 
 
-def _shared(kept_TK: Tensor, student_TK: Tensor, stats: StudentStats) -> Tensor:
+def _shared(kept_TK: Tensor, student: Live) -> Tensor:
     """Kept teacher entries that are in the live student's top-k too."""
-    return kept_TK & (student_TK >= stats.threshold_T[:, None])
+    assert student.topk_TK is not None
+    return kept_TK & (student.topk_TK >= student.view.threshold_T[:, None])
+
+
+def _joined(tail_T: Tensor, logprobs_TK: Tensor, left_out_TK: Tensor) -> Tensor:
+    """A tail's log-mass with that of the entries left out of the support."""
+    entries_TK = logprobs_TK.masked_fill(~left_out_TK, -1e30)
+    return torch.logaddexp(tail_T, torch.logsumexp(entries_TK, dim=1))
 
 
 def _overlap_sums(batch: MicroBatch, student: Live) -> dict[str, Tensor]:
@@ -130,8 +161,10 @@ def _overlap_sums(batch: MicroBatch, student: Live) -> dict[str, Tensor]:
     assert batch.topk_TK is not None
     assert batch.kept_TK is not None
     assert batch.tail_T is not None
-    shared_TK = _shared(batch.kept_TK, student.topk_TK, student.stats)
-    on_teacher = OnSupport(student.topk_TK, batch.topk_TK, batch.kept_TK, batch.tail_T)
+    shared_TK = _shared(batch.kept_TK, student)
+    held_T = (student.topk_TK.exp() * batch.kept_TK).sum(dim=1)
+    tail_T = torch.log((1 - held_T).clamp(min=1e-7))  # good enough to report
+    on_teacher = OnSupport(student.topk_TK, batch.topk_TK, batch.kept_TK, tail_T, batch.tail_T)
     return {
         "reverse_kl_tail": tail_reverse_kl(on_teacher),
         "overlap": shared_TK.float().mean(dim=1),

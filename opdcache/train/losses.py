@@ -14,7 +14,9 @@ from torch import Tensor
 
 from ..schemas.losses import LossConfig
 
-_LEAST_TAIL = 1e-7
+LEAST_TAIL = -80.0
+"""Floor of a tail's log-mass: ``-inf`` on both sides then gives 0, and no NaN."""
+
 _OUTSIDE = -1e30
 
 
@@ -26,12 +28,14 @@ class OnSupport:
         student_TK: log-probs over the full vocabulary, differentiable.
         teacher_TK: the teacher's log-probs of the same ids.
         valid_TK: bool, entries that are in the support.
-        teacher_tail_T: log of the teacher's mass outside the valid entries.
+        student_tail_T, teacher_tail_T: log of either's mass outside the valid entries; read by the
+            tail forms alone.
     """
 
     student_TK: Tensor
     teacher_TK: Tensor
     valid_TK: Tensor
+    student_tail_T: Tensor
     teacher_tail_T: Tensor
 
 
@@ -81,15 +85,15 @@ def reference_policy_gradient(on: OnSupport) -> Tensor:
 def tail_reverse_kl(on: OnSupport) -> Tensor:
     """KL(p || q) after merging everything outside the support into one bucket."""
     inside = _masked(on.student_TK.exp() * (on.student_TK - on.teacher_TK), on.valid_TK).sum(dim=1)
-    tail_p = _log_tail(on.student_TK, on.valid_TK)
-    return inside + tail_p.exp() * (tail_p - _floored(on.teacher_tail_T))
+    tail_p, tail_q = _floored(on.student_tail_T), _floored(on.teacher_tail_T)
+    return inside + tail_p.exp() * (tail_p - tail_q)
 
 
 def tail_forward_kl(on: OnSupport) -> Tensor:
     """KL(q || p) after merging everything outside the support into one bucket."""
     inside = _masked(on.teacher_TK.exp() * (on.teacher_TK - on.student_TK), on.valid_TK).sum(dim=1)
-    tail_q = _floored(on.teacher_tail_T)
-    return inside + tail_q.exp() * (tail_q - _log_tail(on.student_TK, on.valid_TK))
+    tail_p, tail_q = _floored(on.student_tail_T), _floored(on.teacher_tail_T)
+    return inside + tail_q.exp() * (tail_q - tail_p)
 
 
 def _masked(values_TK: Tensor, valid_TK: Tensor) -> Tensor:
@@ -101,12 +105,5 @@ def _renormalised(logprobs_TK: Tensor, valid_TK: Tensor) -> Tensor:
     return torch.log_softmax(logprobs_TK.masked_fill(~valid_TK, _OUTSIDE), dim=1)
 
 
-def _log_tail(logprobs_TK: Tensor, valid_TK: Tensor) -> Tensor:
-    """Log of the mass outside the support, [T], not below ``log(1e-7)``."""
-    inside_T = _masked(logprobs_TK.exp(), valid_TK).sum(dim=1)
-    return torch.log((1 - inside_T).clamp(min=_LEAST_TAIL))
-
-
 def _floored(tail_T: Tensor) -> Tensor:
-    """The teacher's tail with the floor of the student's, so that equal tails give 0."""
-    return tail_T.clamp(min=float(torch.log(torch.tensor(_LEAST_TAIL))))
+    return tail_T.clamp(min=LEAST_TAIL)

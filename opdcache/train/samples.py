@@ -141,9 +141,9 @@ class RoundSamples:
             sampling_T=needed([p.shard.sampling_logprobs[p.tokens] for p in pieces]),
             teacher_sampled_T=joined([p.score("sampled_logprobs") for p in pieces]),
             teacher_entropy_T=joined([p.score("entropy") for p in pieces]),
-            topk_ids_TK=joined([t.ids.astype(np.int64) for t in topk]),
-            topk_TK=joined([t.logprobs for t in topk]),
-            kept_TK=joined([t.kept for t in topk]),
+            topk_ids_TK=joined(_alike([t.ids.astype(np.int64) for t in topk])),
+            topk_TK=joined(_alike([t.logprobs for t in topk])),
+            kept_TK=joined(_alike([t.kept for t in topk])),
             tail_T=joined([t.tail_logprobs for t in topk]),
             recorded_ids_TS=joined([r[0] for r in recorded]),
             recorded_TS=joined([r[1] for r in recorded]),
@@ -178,6 +178,12 @@ class RoundSamples:
             ),
             scores=self._cache.read_score_set(scored.content, self._scores.teacher, scored.served),
         )
+
+
+def _alike(entries: Sequence[NDArray[Any]]) -> list[NDArray[Any]]:
+    """Entries of equal width: sets that were made for another k may stand in one batch."""
+    width = max((e.shape[1] for e in entries), default=0)
+    return [np.pad(e, ((0, 0), (0, width - e.shape[1]))) for e in entries]
 
 
 @dataclass(frozen=True, slots=True)

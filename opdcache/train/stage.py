@@ -12,7 +12,7 @@ from ..runfolder import RunContext
 from ..schemas.rounds import RolloutRound, ScoreRound, TrainRound
 from ..stage import interrupts
 from .learner import Learner, Position, saved
-from .live import ids_to_gather, live, means, metric_sums, on_support
+from .live import ids_to_gather, live, means, metric_sums, on_support, within_support
 from .losses import token_losses
 from .metrics import MetricsLog
 from .samples import RoundSamples
@@ -169,11 +169,9 @@ class _Training:
         totals: dict[str, torch.Tensor] = {}
         for samples, weight in self._shares(batch):
             micro = self._samples.collate(samples, self.learner.device)
-            ids_TK = ids_to_gather(self._loss, micro)
-            logprobs, stats = self.learner.logprobs(
-                micro.input_ids_BL, micro.rows_T, micro.columns_T, ids_TK, self._loss.k
-            )
-            student = live(self._loss, micro, logprobs, stats)
+            ids_TK, within_TK = ids_to_gather(self._loss, micro), within_support(self._loss, micro)
+            view = self.learner.view(micro, ids_TK, within_TK, self._loss.k)
+            student = live(self._loss, micro, view)
             losses_T = token_losses(self._loss, on_support(self._loss, micro, student))
             self.learner.backward(losses_T.sum() * (weight / num_tokens))
             for name, value in metric_sums(self._loss, micro, student, losses_T).items():

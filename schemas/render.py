@@ -1,0 +1,34 @@
+"""Renders the contract as JSON schemas: ``python -m opdcache.schemas.render FOLDER``."""
+
+import json
+import sys
+from pathlib import Path
+
+from .base import Model
+from .config import RunConfig
+from .manifests import RolloutManifest, ScoreManifest
+from .rounds import EvaluationRound, Resolved, RolloutRound, ScoreRound, TrainRound
+
+DOCUMENTS: dict[str, type[Model]] = {
+    "run": RunConfig,
+    "resolved": Resolved,
+    "rollout-manifest": RolloutManifest,
+    "score-manifest": ScoreManifest,
+    "rollout-round": RolloutRound,
+    "score-round": ScoreRound,
+    "train-round": TrainRound,
+    "evaluation-round": EvaluationRound,
+}
+
+
+def render() -> dict[str, str]:
+    """File name to JSON schema text, for every document that is written or read."""
+    return {
+        f"{name}.json": json.dumps(model.model_json_schema(), indent=1, sort_keys=True) + "\n"
+        for name, model in DOCUMENTS.items()
+    }
+
+
+if __name__ == "__main__":
+    for file, text in render().items():
+        Path(sys.argv[1], file).write_text(text)

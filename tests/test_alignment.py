@@ -1,0 +1,373 @@
+"""Index t is the distribution that predicts completion token t: in scoring, and in training."""
+
+import math
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from opdcache.errors import InvalidShard
+from opdcache.heads import TeacherStats
+from opdcache.schemas.columns import ScoreColumn
+from opdcache.score.transformers_scorer import Sequences, TransformersScorer
+from opdcache.store.cache import Cache, rollout_commit
+from opdcache.store.scores import Scores, StudentTopK, TopK
+from opdcache.train.samples import MicroBatch, RoundSamples
+
+from .conftest import EOS_ID, TINY_VOCAB
+from .handmade import Row, commit_rollouts, commit_scores, rounds
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+K = 5
+CPU = torch.device("cpu")
+
+
+def ids(*values: int) -> NDArray[np.int32]:
+    return np.array(values, np.int32)
+
+
+PROMPTS = [ids(5, 9, 33), ids(7), ids(*range(40, 61)), ids(3, 3), ids(200, 1, 1, 8), ids(66, 67)]
+COMPLETIONS = [
+    ids(12, 80, 7, 7, 250, EOS_ID),  # ends
+    ids(90, 91, 92, 93, 94, 95, 96, 97, 98, 99, 100, 101),  # cut off without EOS
+    ids(17),  # one token
+    ids(),  # empty
+    ids(EOS_ID),  # nothing but EOS
+    ids(EOS_ID, 4, EOS_ID, 9),  # EOS inside
+]
+RECORDED = np.random.default_rng(0).integers(TINY_VOCAB, size=(24, 3))
+SEQUENCES = Sequences(PROMPTS, COMPLETIONS, RECORDED)
+
+
+@pytest.fixture(scope="module")
+def oracle(tiny_teacher: Path) -> list[torch.Tensor]:
+    """Log-probs after every token of every sequence, one sequence at a time, [L, V] each."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_teacher, dtype=torch.float32).eval()
+    made = []
+    for prompt, completion in zip(PROMPTS, COMPLETIONS, strict=True):
+        whole = torch.from_numpy(np.concatenate([prompt, completion]).astype(np.int64))
+        with torch.no_grad():
+            logits = model(input_ids=whole[None]).logits[0]
+        made.append(torch.log_softmax(logits.double(), dim=1))
+    return made
+
+
+def predictions(oracle: list[torch.Tensor], shift: int = 0) -> torch.Tensor:
+    """[T, V]: of every completion token, the distribution given all that is before it."""
+    rows = []
+    for prompt, completion, logprobs in zip(PROMPTS, COMPLETIONS, oracle, strict=True):
+        rows += [logprobs[len(prompt) + t - 1 + shift] for t in range(len(completion))]
+    return torch.stack(rows)
+
+
+@cache
+def scorer(folder: Path, batch_tokens: int) -> TransformersScorer:
+    return TransformersScorer(folder, dtype="float32", batch_tokens=batch_tokens)
+
+
+def score(folder: Path, batch_tokens: int, sequences: Sequences = SEQUENCES) -> TeacherStats:
+    return scorer(folder, batch_tokens).score(sequences, k=K, mass=1.0)
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 30, 64, 10_000])
+def test_scores_are_those_of_one_sequence_at_a_time(
+    tiny_teacher: Path, oracle: list[torch.Tensor], batch_tokens: int
+) -> None:
+    stats = score(tiny_teacher, batch_tokens)
+    exact = predictions(oracle)
+    sampled = [int(y) for completion in COMPLETIONS for y in completion]
+    assert len(stats.sampled_T) == len(sampled) == 24
+    order = exact.sort(dim=1, descending=True)
+    assert torch.equal(stats.topk_ids_TK, order.indices[:, :K])
+    assert float((stats.topk_TK - order.values[:, :K]).abs().max()) <= 1e-5
+    for t, y in enumerate(sampled):
+        assert abs(float(stats.sampled_T[t] - exact[t, y])) <= 1e-5
+        assert abs(float(stats.entropy_T[t]) + float((exact[t].exp() * exact[t]).sum())) <= 5e-5
+        tail = float(exact[t, order.indices[t, K:]].exp().sum())
+        assert abs(float(stats.tail_T[t]) - math.log(tail)) <= 1e-4
+        for j in range(3):
+            assert abs(float(stats.gathered_TS[t, j] - exact[t, RECORDED[t, j]])) <= 1e-5
+
+
+@pytest.mark.parametrize("shift", [-1, 1])
+def test_scores_that_were_shifted_by_one_token_would_be_found(
+    tiny_teacher: Path, oracle: list[torch.Tensor], shift: int
+) -> None:
+    sampled = torch.from_numpy(SEQUENCES.sampled_T)
+    padded = [torch.cat([o, o[-1:]]) for o in oracle]
+    if shift == -1:
+        padded = [torch.cat([o[:1], o]) for o in oracle]
+    rows = predictions(padded, shift=max(shift, 0))
+    shifted = rows.gather(1, sampled[:, None])[:, 0]
+    difference = (score(tiny_teacher, 64).sampled_T - shifted).abs()
+    assert float(difference.median()) > 0.1
+
+
+def test_a_sequence_has_the_same_scores_whatever_stands_beside_it(tiny_teacher: Path) -> None:
+    together = score(tiny_teacher, 10_000)
+    start = 0
+    for i, completion in enumerate(COMPLETIONS):
+        stop = start + len(completion)
+        alone = Sequences([PROMPTS[i]], [completion], RECORDED[start:stop])
+        own = score(tiny_teacher, 64, alone)
+        assert own.sampled_T.shape == (len(completion),)
+        if len(completion):
+            assert float((own.sampled_T - together.sampled_T[start:stop]).abs().max()) <= 1e-5
+        start = stop
+
+
+def test_the_order_of_the_sequences_is_the_order_of_their_scores(tiny_teacher: Path) -> None:
+    back = Sequences(PROMPTS[::-1], COMPLETIONS[::-1], np.zeros((24, 0), np.int64))
+    forward, reverse = score(tiny_teacher, 40), score(tiny_teacher, 40, back)
+    lengths = [len(c) for c in COMPLETIONS]
+    pieces = list(reverse.sampled_T.split(lengths[::-1]))[::-1]
+    assert float((torch.cat(pieces) - forward.sampled_T).abs().max()) <= 1e-5
+
+
+def test_a_token_id_beyond_the_teachers_vocabulary_is_refused(tiny_teacher: Path) -> None:
+    foreign = Sequences([ids(1)], [ids(3, TINY_VOCAB)], np.zeros((2, 0), np.int64))
+    with pytest.raises(InvalidShard, match="vocabulary"):
+        score(tiny_teacher, 64, foreign)
+
+
+# Training samples. Values encode the place that they belong to: sample i, token t.
+
+MOST_TOKENS = 16
+S = 4
+LENGTHS = ([6, 1, 0, 9, 3], [2, 12, 5], [0, 1, 4, 7])
+
+
+def place(sample: int, t: int) -> float:
+    """A number that names a token of a sample and that every stored dtype holds exactly."""
+    return float(sample * MOST_TOKENS + t)
+
+
+def row_of(sample: int, length: int) -> Row:
+    tokens = np.arange(length)
+    return Row(
+        prompt=[1000 + sample] * (1 + sample % 4) + [sample],
+        completion=(sample * MOST_TOKENS + tokens).astype(np.int32).tolist(),
+        sampling_T=np.array([-place(sample, t) - 0.5 for t in tokens], np.float32),
+        recorded_ids_TS=np.array(
+            [[place(sample, t) * S + j for j in range(S)] for t in tokens], np.int32
+        ).reshape(length, S),
+    )
+
+
+def scores_of(samples: list[tuple[int, int]], columns: tuple[ScoreColumn, ...], k: int) -> Scores:
+    """Scores of a shard; the teacher's entry j of a token has mass e**-(place / 8 + j)."""
+    places = [place(sample, t) for sample, length in samples for t in range(length)]
+    entries = np.array([[p / 8 + j for j in range(k)] for p in places], np.float32)
+    topk = TopK(
+        ids=np.array([[p * k + j for j in range(k)] for p in places], np.int32),
+        logprobs=-entries,
+        num_kept=np.array([1 + int(p) % k for p in places], np.uint16),
+        tail_logprobs=np.array([-p / 2 for p in places], np.float32),
+    )
+    recorded = np.array([[p / 8 + j / 4 for j in range(S)] for p in places], np.float32)
+    return Scores(
+        token_offsets=np.cumsum([0, *(length for _, length in samples)]).astype(np.int64),
+        sampled_logprobs=-np.array(places, np.float32) if "sampled" in columns else None,
+        entropy=np.array(places, np.float32) if "entropy" in columns else None,
+        topk=topk if "topk" in columns else None,
+        student_topk=(
+            StudentTopK(-recorded, np.array([-p / 4 for p in places], np.float32))
+            if "student_topk" in columns
+            else None
+        ),
+    )
+
+
+ALL: tuple[ScoreColumn, ...] = ("sampled", "entropy", "topk", "student_topk")
+
+
+def samples_in(tmp_path: Path, k: int = K, widths: tuple[int, ...] = (K, K, K)) -> RoundSamples:
+    """A round of three committed shards, their columns spread over two score sets each."""
+    store = Cache(str(tmp_path / "cache"))
+    shards, served, sample = [], [], 0
+    for number, lengths in enumerate(LENGTHS):
+        here = [(sample + i, length) for i, length in enumerate(lengths)]
+        sample += len(lengths)
+        shard = commit_rollouts(store, [row_of(*one) for one in here], name=f"shard-{number}")
+        shards.append(shard)
+        parts: list[tuple[ScoreColumn, ...]] = [("sampled", "topk"), ("entropy", "student_topk")]
+        served.append(
+            [
+                commit_scores(store, shard, scores_of(here, columns, widths[number]), columns)
+                for columns in parts
+            ]
+        )
+    return RoundSamples(store, *rounds(shards, served), k)
+
+
+FLAT = [length for lengths in LENGTHS for length in lengths]
+FILLED = [i for i, length in enumerate(FLAT) if length]
+
+
+def tokens_of(samples: list[int]) -> list[tuple[int, int]]:
+    return [(i, t) for i in samples for t in range(FLAT[i])]
+
+
+def present(batch: MicroBatch) -> dict[str, Any]:
+    return {name: getattr(batch, name) for name in MicroBatch.__slots__}
+
+
+def test_the_chosen_hidden_state_has_read_all_before_its_token_and_nothing_more(
+    tmp_path: Path,
+) -> None:
+    samples = [6, 1, 3, 9, 0]
+    batch = samples_in(tmp_path).collate(samples, CPU)
+    expected = tokens_of(samples)
+    assert batch.num_tokens == len(expected)
+    for n, (i, t) in enumerate(expected):
+        row = row_of(i, FLAT[i])
+        read = batch.input_ids_BL[int(batch.rows_T[n]), : int(batch.columns_T[n]) + 1].tolist()
+        assert read == [*row.prompt, *row.completion[:t]]
+        assert int(batch.sampled_T[n]) == row.completion[t]
+
+
+def test_every_teacher_column_is_that_of_its_token(tmp_path: Path) -> None:
+    samples = [6, 1, 3, 9, 0, 11]
+    batch = present(samples_in(tmp_path).collate(samples, CPU))
+    for n, (i, t) in enumerate(tokens_of(samples)):
+        p = place(i, t)
+        assert float(batch["sampling_T"][n]) == -p - 0.5
+        assert float(batch["teacher_sampled_T"][n]) == -p
+        assert float(batch["teacher_entropy_T"][n]) == p
+        kept = 1 + int(p) % K
+        assert batch["kept_TK"][n].tolist() == [j < kept for j in range(K)]
+        assert batch["topk_ids_TK"][n, :kept].tolist() == [p * K + j for j in range(kept)]
+        assert batch["topk_TK"][n, :kept].tolist() == [-(p / 8 + j) for j in range(kept)]
+        assert float(batch["tail_T"][n]) == -p / 2
+        assert batch["recorded_ids_TS"][n].tolist() == [p * S + j for j in range(S)]
+        assert batch["recorded_TS"][n].tolist() == [-(p / 8 + j / 4) for j in range(S)]
+        assert float(batch["recorded_tail_T"][n]) == -p / 4
+
+
+@pytest.mark.parametrize("k", [1, 2, 3])
+def test_entries_past_the_losses_k_join_the_tail(tmp_path: Path, k: int) -> None:
+    samples = [6, 1, 3]
+    batch = present(samples_in(tmp_path, k=k).collate(samples, CPU))
+    assert batch["topk_ids_TK"].shape[1] == k
+    assert batch["recorded_ids_TS"].shape[1] == k
+    merged = 0
+    for n, (i, t) in enumerate(tokens_of(samples)):
+        p = place(i, t)
+        stored_kept = 1 + int(p) % K
+        kept = min(stored_kept, k)
+        merged += stored_kept > k
+        assert int(batch["kept_TK"][n].sum()) == kept
+        assert batch["topk_ids_TK"][n, :kept].tolist() == [p * K + j for j in range(kept)]
+        tail = math.exp(-p / 2) + sum(math.exp(-(p / 8 + j)) for j in range(kept, stored_kept))
+        assert float(batch["tail_T"][n]) == pytest.approx(math.log(tail), abs=1e-5)
+        rest = math.exp(-p / 4) + sum(math.exp(-(p / 8 + j / 4)) for j in range(k, S))
+        assert float(batch["recorded_tail_T"][n]) == pytest.approx(math.log(rest), abs=1e-5)
+        assert batch["recorded_ids_TS"][n].tolist() == [p * S + j for j in range(k)]
+    assert merged > 0
+
+
+@pytest.mark.parametrize("k", [2, 16])
+def test_shards_that_were_scored_with_different_k_stand_in_one_micro_batch(
+    tmp_path: Path, k: int
+) -> None:
+    samples = [6, 1, 9]
+    widths = (3, 5, 4)
+    batch = samples_in(tmp_path, k=k, widths=widths).collate(samples, CPU)
+    assert batch.kept_TK is not None
+    assert batch.topk_TK is not None
+    width_of = {6: 5, 1: 3, 9: 4}
+    for n, (i, t) in enumerate(tokens_of(samples)):
+        p = place(i, t)
+        kept = min(1 + int(p) % width_of[i], k)
+        assert int(batch.kept_TK[n].sum()) == kept
+        assert batch.topk_TK[n, :kept].tolist() == [-(p / 8 + j) for j in range(kept)]
+
+
+def test_columns_that_are_not_stored_are_none(tmp_path: Path) -> None:
+    store = Cache(str(tmp_path / "cache"))
+    shard = commit_rollouts(store, [row_of(0, 3), row_of(1, 2)])
+    columns: tuple[ScoreColumn, ...] = ("sampled",)
+    served = commit_scores(store, shard, scores_of([(0, 3), (1, 2)], columns, K), columns)
+    batch = RoundSamples(store, *rounds([shard], [[served]]), K).collate([1, 0], CPU)
+    absent = {name for name, value in present(batch).items() if value is None}
+    assert absent == {
+        "teacher_entropy_T",
+        "topk_ids_TK",
+        "topk_TK",
+        "kept_TK",
+        "tail_T",
+        "recorded_ids_TS",
+        "recorded_TS",
+        "recorded_tail_T",
+    }
+    assert batch.teacher_sampled_T is not None
+    expected = [-place(i, t) for i, t in ((1, 0), (1, 1), (0, 0), (0, 1), (0, 2))]
+    assert batch.teacher_sampled_T.tolist() == expected
+
+
+def test_every_epoch_is_another_permutation_of_all_samples(tmp_path: Path) -> None:
+    order = samples_in(tmp_path).order(seed=3, round_index=1, epochs=3)
+    epochs = [order[i * len(FLAT) : (i + 1) * len(FLAT)] for i in range(3)]
+    assert len(order) == 3 * len(FLAT)
+    assert all(sorted(epoch) == list(range(len(FLAT))) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 3
+
+
+def test_the_order_depends_on_the_seed_and_the_round_alone(tmp_path: Path) -> None:
+    one = samples_in(tmp_path / "one")
+    other = samples_in(tmp_path / "other", k=1, widths=(2, 3, 4))
+    made = {(s, r): one.order(s, r, 2) for s in (0, 1) for r in (0, 1)}
+    assert other.order(0, 1, 2) == made[0, 1] == one.order(0, 1, 2)
+    assert one.order(0, 1, 1) == made[0, 1][: len(FLAT)]
+    assert len({tuple(order) for order in made.values()}) == 4
+
+
+@pytest.mark.parametrize("max_tokens", [1, 13, 20, 40, 1000])
+def test_micro_batches_hold_each_sample_with_tokens_once_and_keep_to_the_budget(
+    tmp_path: Path, max_tokens: int
+) -> None:
+    samples = samples_in(tmp_path)
+    made = list(samples.micro_batches(range(len(FLAT)), max_tokens))
+    assert sorted(i for micro in made for i in micro) == FILLED
+    for micro in made:
+        padded = samples.collate(micro, CPU).input_ids_BL
+        assert len(micro) == 1 or padded.numel() <= max_tokens
+    assert len(made) == len(FILLED) if max_tokens == 1 else len(made) < len(FILLED)
+
+
+def test_samples_without_tokens_are_in_no_micro_batch(tmp_path: Path) -> None:
+    empty = [i for i, length in enumerate(FLAT) if not length]
+    samples = samples_in(tmp_path)
+    assert list(samples.micro_batches(empty, 100)) == []
+    assert samples.num_tokens(empty) == 0
+    assert samples.num_tokens(range(len(FLAT))) == sum(FLAT)
+
+
+def test_a_rollout_shard_that_was_made_anew_with_other_tokens_is_refused(tmp_path: Path) -> None:
+    store = Cache(str(tmp_path / "cache"))
+    shard = commit_rollouts(store, [row_of(0, 3)])
+    served = commit_scores(store, shard, scores_of([(0, 3)], ALL, K), ALL)
+    pinned = rounds([shard], [[served]])
+    store.objects.delete(rollout_commit(shard.key))
+    anew = commit_rollouts(store, [row_of(1, 3)])
+    assert anew.key == shard.key
+    assert anew.content != shard.content
+    with pytest.raises(InvalidShard, match="generated anew"):
+        RoundSamples(store, *pinned, K).collate([0], CPU)
+
+
+def test_a_rollout_shard_that_was_made_anew_with_the_same_tokens_is_used(tmp_path: Path) -> None:
+    store = Cache(str(tmp_path / "cache"))
+    shard = commit_rollouts(store, [row_of(0, 3)])
+    served = commit_scores(store, shard, scores_of([(0, 3)], ALL, K), ALL)
+    store.objects.delete(rollout_commit(shard.key))
+    assert commit_rollouts(store, [row_of(0, 3)]) == shard
+    batch = RoundSamples(store, *rounds([shard], [[served]]), K).collate([0], CPU)
+    assert batch.sampled_T.tolist() == [0, 1, 2]

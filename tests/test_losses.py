@@ -1,0 +1,596 @@
+"""Every loss of the registry, and every metric, against dense float64 loops over the vocabulary."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from opdcache.heads import support_view
+from opdcache.schemas.losses import (
+    CELLS,
+    Direction,
+    LossConfig,
+    Normalisation,
+    Support,
+    cell,
+    refusal,
+)
+from opdcache.train.live import (
+    Live,
+    ids_to_gather,
+    live,
+    means,
+    metric_sums,
+    on_support,
+    within_support,
+)
+from opdcache.train.losses import token_losses
+from opdcache.train.samples import MicroBatch
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+T, V, D, K, S = 13, 31, 8, 5, 5
+CELL_KEYS = sorted(CELLS)
+KL_KEYS = [key for key in CELL_KEYS if key[2] not in ("none", "reference")]
+TAIL_KEYS = [key for key in CELL_KEYS if key[2] == "tail"]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A student's head input, a teacher's distributions (float64 log-probs), the stored columns."""
+
+    hidden_TD: Tensor
+    weight_VD: Tensor
+    teacher_TV: Tensor
+    batch: MicroBatch
+
+
+def stored(
+    teacher_TV: Tensor, num_kept: list[int], recorded: Tensor, sampled: Tensor
+) -> MicroBatch:
+    """The columns of a teacher, entry by entry; what lies past the kept entries is rubbish."""
+    tokens = len(teacher_TV)
+    width = max(num_kept)
+    ids = torch.full((tokens, width), 7)
+    logprobs = torch.full((tokens, width), -0.125)
+    kept = torch.zeros((tokens, width), dtype=torch.bool)
+    tails, recorded_tails = [], []
+    for t, row in enumerate(teacher_TV):
+        likeliest = row.sort(descending=True).indices.tolist()
+        for j in range(num_kept[t]):
+            ids[t, j], logprobs[t, j], kept[t, j] = likeliest[j], row[likeliest[j]], True
+        tails.append(sum(math.exp(row[v]) for v in likeliest[num_kept[t] :]))
+        outside = set(range(teacher_TV.shape[1])) - set(recorded[t].tolist())
+        recorded_tails.append(sum(math.exp(row[v]) for v in outside))
+    probs = teacher_TV.exp()
+    picked = torch.arange(tokens)
+    return MicroBatch(
+        input_ids_BL=torch.zeros((1, tokens), dtype=torch.long),
+        rows_T=torch.zeros(tokens, dtype=torch.long),
+        columns_T=picked,
+        sampled_T=sampled,
+        sampling_T=torch.linspace(-3, -0.5, tokens),
+        teacher_sampled_T=teacher_TV[picked, sampled].float(),
+        teacher_entropy_T=-(probs * teacher_TV).sum(dim=1).float(),
+        topk_ids_TK=ids,
+        topk_TK=logprobs,
+        kept_TK=kept,
+        tail_T=torch.tensor(tails, dtype=torch.float64).log().float(),
+        recorded_ids_TS=recorded,
+        recorded_TS=teacher_TV.gather(1, recorded).float(),
+        recorded_tail_T=torch.tensor(recorded_tails, dtype=torch.float64).log().float(),
+    )
+
+
+def problem(
+    *, num_kept: list[int] | None = None, num_recorded: int = S, same: bool = False, seed: int = 0
+) -> Problem:
+    """Student and teacher that are close enough to overlap; ragged kept entries by default."""
+    made = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(T, D, generator=made)
+    weight = 0.7 * torch.randn(V, D, generator=made)
+    noise = 0.0 if same else 1.0
+    logits = hidden.double() @ weight.double().T
+    teacher = torch.log_softmax(
+        logits + noise * torch.randn(T, V, generator=made, dtype=torch.float64), dim=1
+    )
+    ragged = [1 + t % K for t in range(T)]
+    recorded = torch.stack([torch.randperm(V, generator=made)[:num_recorded] for _ in range(T)])
+    sampled = torch.randint(V, (T,), generator=made)
+    return Problem(hidden, weight, teacher, stored(teacher, num_kept or ragged, recorded, sampled))
+
+
+def config(key: tuple[Support, Direction, Normalisation], k: int = K) -> LossConfig:
+    loss = LossConfig(support=key[0], direction=key[1], normalisation=key[2], k=k)
+    assert refusal(loss) is None
+    return loss
+
+
+def student_view(
+    loss: LossConfig, batch: MicroBatch, hidden_TD: Tensor, weight_VD: Tensor
+) -> tuple[Live, Tensor]:
+    """What the learner sees of the student, and its loss a token."""
+    view = support_view(
+        hidden_TD,
+        weight_VD,
+        ids_to_gather(loss, batch),
+        within_TK=within_support(loss, batch),
+        topk=loss.k,
+        chunk_tokens=4,
+    )
+    student = live(loss, batch, view)
+    return student, token_losses(loss, on_support(loss, batch, student))
+
+
+def ours(loss: LossConfig, given: Problem) -> tuple[Tensor, Tensor]:
+    """The library's loss a token, and the gradient of its sum with respect to the hidden states."""
+    hidden = given.hidden_TD.clone().requires_grad_()
+    losses = student_view(loss, given.batch, hidden, given.weight_VD)[1]
+    losses.sum().backward()
+    assert hidden.grad is not None
+    return losses.detach(), hidden.grad
+
+
+def dense(
+    given: Problem, loss_of_token: Callable[[int, Tensor, Tensor], Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Oracle: ``loss_of_token(t, log p, log q)`` over the whole vocabulary, and its gradient."""
+    hidden = given.hidden_TD.double().requires_grad_()
+    log_p = torch.log_softmax(hidden @ given.weight_VD.double().T, dim=1)
+    rows = [loss_of_token(t, log_p[t], given.teacher_TV[t]) for t in range(len(log_p))]
+    total = torch.stack(rows)
+    total.sum().backward()
+    assert hidden.grad is not None
+    return total.detach(), hidden.grad
+
+
+def support_of(loss: LossConfig, batch: MicroBatch) -> Callable[[int, Tensor, Tensor], list[int]]:
+    """The ids that a loss looks at, found in the dense distributions."""
+    assert batch.kept_TK is not None
+    assert batch.recorded_ids_TS is not None
+    num_kept = [sum(row) for row in batch.kept_TK.tolist()]
+    recorded = batch.recorded_ids_TS.tolist()
+
+    def teachers(t: int, log_p: Tensor, log_q: Tensor) -> list[int]:
+        return log_q.sort(descending=True).indices[: num_kept[t]].tolist()
+
+    def overlap(t: int, log_p: Tensor, log_q: Tensor) -> list[int]:
+        own = set(log_p.sort(descending=True).indices[: loss.k].tolist())
+        return [v for v in teachers(t, log_p, log_q) if v in own]
+
+    return {
+        "sampled": lambda t, log_p, log_q: [int(batch.sampled_T[t])],
+        "teacher_topk": teachers,
+        "student_topk": lambda t, log_p, log_q: recorded[t],
+        "overlap": overlap,
+    }[loss.support]
+
+
+def zero(log_p: Tensor) -> Tensor:
+    return 0 * log_p.sum()
+
+
+def sampled_oracle(ids: list[int], log_p: Tensor, log_q: Tensor) -> Tensor:
+    (y,) = ids
+    return -float(log_q[y] - log_p[y].detach()) * log_p[y]
+
+
+def renormalised_oracle(ids: list[int], log_p: Tensor, log_q: Tensor) -> Tensor:
+    p, q = log_p.exp(), log_q.exp()
+    mass_p, mass_q = sum(p[v] for v in ids), sum(q[v] for v in ids)
+    terms = [p[v] / mass_p * ((p[v] / mass_p) / (q[v] / mass_q)).log() for v in ids]
+    return sum(terms, zero(log_p))
+
+
+def reference_oracle(ids: list[int], log_p: Tensor, log_q: Tensor) -> Tensor:
+    p = log_p.detach()
+    mass = sum(float(p[v].exp()) for v in ids)
+    total = zero(log_p)
+    for v in ids:
+        advantage = float(p[v].exp()) / mass * float(log_q[v] - p[v])
+        total = total - advantage * log_p[v]
+    return total
+
+
+def tail_oracle(ids: list[int], log_a: Tensor, log_b: Tensor) -> Tensor:
+    """KL(a || b) over the ids and one bucket that holds every other id."""
+    a, b = log_a.exp(), log_b.exp()
+    rest = [v for v in range(len(a)) if v not in ids]
+    total = sum((a[v] * (log_a[v] - log_b[v]) for v in ids), zero(log_a))
+    if rest:
+        total = total + a[rest].sum() * (a[rest].sum() / b[rest].sum()).log()
+    return total
+
+
+ORACLES: dict[tuple[str, str], Callable[[list[int], Tensor, Tensor], Tensor]] = {
+    ("reverse", "none"): sampled_oracle,
+    ("reverse", "renormalised"): renormalised_oracle,
+    ("reverse", "reference"): reference_oracle,
+    ("reverse", "tail"): tail_oracle,
+    ("forward", "tail"): lambda ids, log_p, log_q: tail_oracle(ids, log_q, log_p),
+}
+
+
+def oracle(loss: LossConfig, given: Problem) -> tuple[Tensor, Tensor]:
+    form, support = ORACLES[loss.direction, loss.normalisation], support_of(loss, given.batch)
+    return dense(given, lambda t, p, q: form(support(t, p.detach(), q), p, q))
+
+
+def assert_close(mine: tuple[Tensor, Tensor], exact: tuple[Tensor, Tensor]) -> None:
+    for ours_, theirs in zip(mine, exact, strict=True):
+        assert ours_.shape == theirs.shape
+        assert float((ours_.double() - theirs).abs().max()) <= 1e-5
+
+
+@pytest.mark.parametrize("key", CELL_KEYS, ids="-".join)
+def test_loss_and_gradient_are_those_of_a_dense_computation(
+    key: tuple[Support, Direction, Normalisation],
+) -> None:
+    given = problem()
+    exact = oracle(config(key), given)
+    assert float(exact[0].abs().max()) > 1e-2
+    assert float(exact[1].abs().max()) > 1e-2
+    assert_close(ours(config(key), given), exact)
+
+
+@pytest.mark.parametrize("key", CELL_KEYS, ids="-".join)
+def test_weight_gradient_is_that_of_a_dense_computation(
+    key: tuple[Support, Direction, Normalisation],
+) -> None:
+    given, loss = problem(seed=2), config(key)
+    weight = given.weight_VD.clone().requires_grad_()
+    student_view(loss, given.batch, given.hidden_TD, weight)[1].mean().backward()
+    exact = given.weight_VD.double().requires_grad_()
+    log_p = torch.log_softmax(given.hidden_TD.double() @ exact.T, dim=1)
+    form, support = ORACLES[loss.direction, loss.normalisation], support_of(loss, given.batch)
+    rows = [
+        form(support(t, p.detach(), q), p, q)
+        for t, (p, q) in enumerate(zip(log_p, given.teacher_TV, strict=True))
+    ]
+    (sum(rows[1:], rows[0]) / T).backward()
+    assert weight.grad is not None
+    assert exact.grad is not None
+    assert float((weight.grad.double() - exact.grad).abs().max()) <= 1e-5
+
+
+@pytest.mark.parametrize("key", KL_KEYS, ids="-".join)
+def test_on_the_whole_vocabulary_every_kl_is_the_full_kl(
+    key: tuple[Support, Direction, Normalisation],
+) -> None:
+    given = problem(num_kept=[V] * T, num_recorded=V)
+    exact = dense(
+        given,
+        lambda t, p, q: (
+            (p.exp() * (p - q)).sum() if key[1] == "reverse" else (q.exp() * (q - p)).sum()
+        ),
+    )
+    assert float(exact[0].min()) > 1e-2
+    assert_close(ours(config(key, k=V), given), exact)
+
+
+@pytest.mark.parametrize("key", KL_KEYS, ids="-".join)
+def test_a_teacher_that_is_the_student_gives_no_loss_and_no_gradient(
+    key: tuple[Support, Direction, Normalisation],
+) -> None:
+    losses, gradient = ours(config(key), problem(same=True))
+    assert float(losses.abs().max()) <= 1e-6
+    assert float(gradient.abs().max()) <= 1e-5
+
+
+@pytest.mark.parametrize("key", CELL_KEYS, ids="-".join)
+def test_a_teacher_that_is_the_student_gives_no_gradient_to_policy_gradients_either(
+    key: tuple[Support, Direction, Normalisation],
+) -> None:
+    assert float(ours(config(key), problem(same=True))[1].abs().max()) <= 1e-5
+
+
+def disjoint() -> Problem:
+    """A teacher whose likely ids are the student's least likely ones."""
+    given = problem()
+    log_p = torch.log_softmax(given.hidden_TD.double() @ given.weight_VD.double().T, dim=1)
+    teacher = torch.log_softmax(-log_p, dim=1)
+    assert given.batch.recorded_ids_TS is not None
+    batch = stored(teacher, [K] * T, given.batch.recorded_ids_TS, given.batch.sampled_T)
+    return replace(given, teacher_TV=teacher, batch=batch)
+
+
+@pytest.mark.parametrize("key", [key for key in CELL_KEYS if key[0] == "overlap"], ids="-".join)
+def test_an_empty_overlap_gives_zero_loss_and_a_zero_finite_gradient(
+    key: tuple[Support, Direction, Normalisation],
+) -> None:
+    given, loss = disjoint(), config(key)
+    support = support_of(loss, given.batch)
+    log_p = torch.log_softmax(given.hidden_TD.double() @ given.weight_VD.double().T, dim=1)
+    assert all(support(t, log_p[t], given.teacher_TV[t]) == [] for t in range(T))
+    losses, gradient = ours(loss, given)
+    assert bool(torch.isfinite(gradient).all())
+    assert float(losses.abs().max()) <= 1e-6
+    assert float(gradient.abs().max()) <= 1e-6
+
+
+@pytest.mark.parametrize("support", ["teacher_topk", "student_topk", "overlap"])
+def test_reference_form_is_eq5_plus_a_term_that_trains_the_mass_of_the_support(
+    support: Support,
+) -> None:
+    given, loss = problem(), config((support, "reverse", "reference"))
+    ids_of = support_of(loss, given.batch)
+
+    def eq5(t: int, p: Tensor, q: Tensor) -> Tensor:
+        ids = ids_of(t, p.detach(), q)
+        return renormalised_oracle(ids, p, q)
+
+    def mass_term(t: int, p: Tensor, q: Tensor) -> Tensor:
+        ids = ids_of(t, p.detach(), q)
+        if not ids:
+            return zero(p)
+        mass_p, mass_q = p.exp()[ids].sum(), q.exp()[ids].sum()
+        factor = renormalised_oracle(ids, p, q) + (mass_p / mass_q).log()
+        return factor.detach() * mass_p.log()
+
+    expected = dense(given, eq5)[1] + dense(given, mass_term)[1]
+    assert float(dense(given, mass_term)[1].abs().max()) > 1e-2
+    assert float((ours(loss, given)[1].double() - expected).abs().max()) <= 1e-5
+
+
+def test_eq5_has_the_gradient_of_its_stop_gradient_form() -> None:
+    given, loss = problem(), config(("teacher_topk", "reverse", "renormalised"))
+    ids_of = support_of(loss, given.batch)
+
+    def stopped(t: int, p: Tensor, q: Tensor) -> Tensor:
+        ids = ids_of(t, p, q)
+        own, teachers = (torch.log_softmax(x[ids], dim=0) for x in (p, q))
+        return ((own.exp() * (own - teachers)).detach() * own).sum()
+
+    exact = dense(given, stopped)[1]
+    assert float((ours(loss, given)[1].double() - exact).abs().max()) <= 1e-5
+
+
+def test_reverse_kl_with_tail_has_the_gradient_of_its_stop_gradient_form() -> None:
+    given, loss = problem(), config(("teacher_topk", "reverse", "tail"))
+    ids_of = support_of(loss, given.batch)
+
+    def stopped(t: int, p: Tensor, q: Tensor) -> Tensor:
+        ids = ids_of(t, p, q)
+        rest = [v for v in range(V) if v not in ids]
+        own = torch.stack([*p[ids], p[rest].logsumexp(0)])
+        teachers = torch.stack([*q[ids], q[rest].logsumexp(0)])
+        return ((own.exp() * (own - teachers)).detach() * own).sum()
+
+    exact = dense(given, stopped)[1]
+    assert float((ours(loss, given)[1].double() - exact).abs().max()) <= 1e-5
+
+
+def test_without_tail_or_renormalisation_the_stop_gradient_form_would_differ_by_the_mass() -> None:
+    given, loss = problem(), config(("teacher_topk", "reverse", "tail"))
+    ids_of = support_of(loss, given.batch)
+
+    def truncated(t: int, p: Tensor, q: Tensor) -> Tensor:
+        ids = ids_of(t, p, q)
+        return (p[ids].exp() * (p[ids] - q[ids])).sum()
+
+    def stopped(t: int, p: Tensor, q: Tensor) -> Tensor:
+        ids = ids_of(t, p, q)
+        return ((p[ids].exp() * (p[ids] - q[ids])).detach() * p[ids]).sum()
+
+    def mass(t: int, p: Tensor, q: Tensor) -> Tensor:
+        return p[ids_of(t, p, q)].exp().sum()
+
+    difference = dense(given, truncated)[1] - dense(given, stopped)[1]
+    assert float(difference.abs().max()) > 1e-2
+    assert float((difference - dense(given, mass)[1]).abs().max()) <= 1e-12
+    assert float((ours(loss, given)[1].double() - dense(given, truncated)[1]).abs().max()) > 1e-2
+
+
+@pytest.mark.parametrize("support", ["teacher_topk", "student_topk", "overlap"])
+def test_the_registry_refuses_to_renormalise_on_one_entry(support: Support) -> None:
+    loss = LossConfig(support=support, normalisation="renormalised", k=1)
+    assert "identically 0" in (refusal(loss) or "")
+    assert refusal(loss.model_copy(update={"k": 2})) is None
+
+
+def test_every_combination_is_a_cell_or_is_refused_with_a_reason() -> None:
+    allowed = set()
+    for support in ("sampled", "teacher_topk", "student_topk", "overlap"):
+        for direction in ("reverse", "forward"):
+            for normalisation in ("none", "tail", "renormalised", "reference"):
+                loss = LossConfig(support=support, direction=direction, normalisation=normalisation)
+                if refusal(loss) is None:
+                    allowed.add((support, direction, normalisation))
+                    assert cell(loss) is CELLS[support, direction, normalisation]
+    assert allowed == set(CELLS)
+
+
+@pytest.mark.parametrize("key", CELL_KEYS, ids="-".join)
+def test_teacher_values_at_the_clip_floor_and_empty_tails_stay_finite(
+    key: tuple[Support, Direction, Normalisation],
+) -> None:
+    given = problem()
+    floor, nothing = torch.tensor(-255.99609375), torch.full((T,), -torch.inf)
+    batch = given.batch
+    assert batch.topk_TK is not None
+    assert batch.recorded_TS is not None
+    topk, recorded = batch.topk_TK.clone(), batch.recorded_TS.clone()
+    topk[:, 1:] = floor
+    recorded[:, 1:] = floor
+    clipped = replace(
+        batch,
+        topk_TK=topk,
+        recorded_TS=recorded,
+        teacher_sampled_T=floor.expand(T),
+        tail_T=nothing,
+        recorded_tail_T=nothing,
+    )
+    losses, gradient = ours(config(key), replace(given, batch=clipped))
+    assert bool(torch.isfinite(losses).all())
+    assert bool(torch.isfinite(gradient).all())
+
+
+@pytest.mark.parametrize("support", ["teacher_topk", "student_topk"])
+def test_draining_the_support_raises_the_reverse_kl_with_tail(support: Support) -> None:
+    """A student that moves its mass off the support wins with a truncated sum, not with a tail."""
+    given = problem(num_kept=[K] * T)
+    ids_of = support_of(config((support, "reverse", "tail")), given.batch)
+    identity = torch.eye(V)
+    kls, truncated = [], []
+    for drained in (0.0, 3.0, 6.0, 9.0, 12.0):
+        logits = given.teacher_TV.float().clone()
+        for t in range(T):
+            logits[t, ids_of(t, given.teacher_TV[t], given.teacher_TV[t])] -= drained
+        loss = config((support, "reverse", "tail"))
+        losses = student_view(loss, given.batch, logits, identity)[1]
+        kls.append(float(losses.mean()))
+        log_p = torch.log_softmax(logits.double(), dim=1)
+        sums = [
+            sum(float(log_p[t, v].exp() * (log_p[t, v] - given.teacher_TV[t, v])) for v in ids)
+            for t in range(T)
+            for ids in [ids_of(t, log_p[t], given.teacher_TV[t])]
+        ]
+        truncated.append(sum(sums) / T)
+    assert kls == sorted(kls)
+    assert kls[0] < 1e-5
+    assert kls[1] > 0.1
+    assert kls[2] > kls[1] + 0.01
+    assert min(truncated) < 0
+
+
+def almost_all(outside: float) -> Tensor:
+    """Log-probs of [1, V] with the given mass outside the first K ids, spread evenly."""
+    mass = torch.full((1, V), outside / (V - K), dtype=torch.float64)
+    mass[0, :K] = (1 - outside) * torch.tensor([0.4, 0.3, 0.15, 0.1, 0.05], dtype=torch.float64)
+    return mass.log()
+
+
+def peaked(student_tail: float, teacher_tail: float) -> Problem:
+    teacher = almost_all(teacher_tail)
+    batch = stored(teacher, [K], torch.arange(K)[None], torch.tensor([2]))
+    return Problem(almost_all(student_tail).float(), torch.eye(V), teacher, batch)
+
+
+@pytest.mark.parametrize("key", TAIL_KEYS, ids="-".join)
+@pytest.mark.parametrize(("student_tail", "teacher_tail"), [(1e-5, 0.1), (0.1, 1e-5), (1e-6, 1e-5)])
+def test_loss_and_gradient_are_right_where_little_mass_is_outside_the_support(
+    key: tuple[Support, Direction, Normalisation], student_tail: float, teacher_tail: float
+) -> None:
+    given = peaked(student_tail, teacher_tail)
+    assert_close(ours(config(key), given), oracle(config(key), given))
+
+
+@pytest.mark.parametrize("support", ["teacher_topk", "student_topk", "overlap"])
+def test_forward_kl_pulls_a_student_back_that_has_left_all_but_the_support(
+    support: Support,
+) -> None:
+    given, loss = peaked(1e-8, 0.1), config((support, "forward", "tail"))
+    exact = oracle(loss, given)[1][0, K:].sum()
+    assert float(exact) == pytest.approx(-0.1, abs=1e-6)
+    assert float(ours(loss, given)[1][0, K:].sum()) == pytest.approx(float(exact), rel=0.01)
+
+
+def brute_force_metrics(loss: LossConfig, given: Problem) -> dict[str, float]:
+    """Token-means by loops over the dense distributions."""
+    batch = given.batch
+    assert batch.kept_TK is not None
+    log_p = torch.log_softmax(given.hidden_TD.double() @ given.weight_VD.double().T, dim=1)
+    log_q = given.teacher_TV
+    width = batch.kept_TK.shape[1]
+    found: dict[str, list[float]] = {}
+
+    def note(name: str, value: float) -> None:
+        found.setdefault(name, []).append(value)
+
+    for t in range(T):
+        p, q = log_p[t].exp().tolist(), log_q[t].exp().tolist()
+        kept = log_q[t].sort(descending=True).indices[: int(batch.kept_TK[t].sum())].tolist()
+        own = log_p[t].sort(descending=True).indices[: loss.k].tolist()
+        shared = set(kept) & set(own)
+        note("overlap", len(shared) / width)
+        note("overlap_mass_student", sum(p[v] for v in shared))
+        note("overlap_mass_teacher", sum(q[v] for v in shared))
+        note("overlap_empty", float(not shared))
+        entropies = [-sum(x * math.log(x) for x in side) for side in (p, q)]
+        note("student_entropy", entropies[0])
+        note("teacher_entropy", entropies[1])
+        note("entropy_gap", abs(entropies[0] - entropies[1]))
+        ratio = q[int(batch.sampled_T[t])] / p[int(batch.sampled_T[t])]
+        note("reverse_kl_sampled", ratio - 1 - math.log(ratio))
+        note("reverse_kl_tail", float(tail_oracle(kept, log_p[t], log_q[t])))
+        note("weights", p[int(batch.sampled_T[t])] / math.exp(float(batch.sampling_T[t])))
+    weights = found.pop("weights")
+    made = {name: sum(values) / T for name, values in found.items()}
+    made["loss"] = float(oracle(loss, given)[0].mean())
+    made["ess"] = sum(weights) ** 2 / (T * sum(w * w for w in weights))
+    return made
+
+
+def reported(loss: LossConfig, given: Problem) -> dict[str, float]:
+    student, losses = student_view(loss, given.batch, given.hidden_TD, given.weight_VD)
+    sums = metric_sums(loss, given.batch, student, losses)
+    assert float(sums["num_tokens"]) == len(given.hidden_TD)
+    return means({name: float(value) for name, value in sums.items()})
+
+
+@pytest.mark.parametrize("key", CELL_KEYS, ids="-".join)
+def test_reported_metrics_are_those_counted_token_by_token(
+    key: tuple[Support, Direction, Normalisation],
+) -> None:
+    given, loss = problem(seed=4), config(key)
+    expected = brute_force_metrics(loss, given)
+    assert 0 < expected["overlap"] < 1
+    assert 0 < expected["ess"] < 0.99
+    mine = reported(loss, given)
+    assert mine.keys() == expected.keys()
+    for name, value in expected.items():
+        assert mine[name] == pytest.approx(value, abs=1e-5, rel=1e-5), name
+
+
+def test_empty_overlaps_are_counted() -> None:
+    mine = reported(config(("overlap", "reverse", "tail")), disjoint())
+    assert mine["overlap_empty"] == 1
+    assert mine["overlap"] == 0
+
+
+def test_a_student_that_is_the_policy_that_sampled_has_full_effective_sample_size() -> None:
+    given = problem()
+    log_p = torch.log_softmax(given.hidden_TD @ given.weight_VD.T, dim=1)
+    sampling = log_p[torch.arange(T), given.batch.sampled_T]
+    fresh = replace(given, batch=replace(given.batch, sampling_T=sampling))
+    assert reported(config(CELL_KEYS[0]), fresh)["ess"] == pytest.approx(1, abs=1e-6)
+
+
+def test_metrics_of_columns_that_are_not_stored_are_absent_not_zero() -> None:
+    given, loss = problem(), config(("student_topk", "reverse", "tail"))
+    bare = replace(
+        given.batch,
+        teacher_sampled_T=None,
+        teacher_entropy_T=None,
+        topk_ids_TK=None,
+        topk_TK=None,
+        kept_TK=None,
+        tail_T=None,
+    )
+    mine = reported(loss, replace(given, batch=bare))
+    assert mine.keys() == {"loss", "student_entropy", "ess"}
+    assert mine["loss"] == pytest.approx(float(oracle(loss, given)[0].mean()), abs=1e-5)
+
+
+def test_sums_of_two_micro_batches_make_the_means_of_all_their_tokens() -> None:
+    loss = config(("teacher_topk", "reverse", "tail"))
+    given = problem()
+    few = 3
+
+    def part(tokens: slice) -> dict[str, Tensor]:
+        fields = {
+            name: value if value is None or name == "input_ids_BL" else value[tokens]
+            for name in MicroBatch.__slots__
+            for value in [getattr(given.batch, name)]
+        }
+        batch = MicroBatch(**fields)
+        student, losses = student_view(loss, batch, given.hidden_TD[tokens], given.weight_VD)
+        return metric_sums(loss, batch, student, losses)
+
+    first, second = part(slice(0, few)), part(slice(few, T))
+    together = means({name: float(first[name] + second[name]) for name in first})
+    for name, value in brute_force_metrics(loss, given).items():
+        assert together[name] == pytest.approx(value, abs=1e-5), name

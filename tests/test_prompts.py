@@ -1,0 +1,358 @@
+"""Prompt sources, their faults by place, the schedule across rounds, rendering."""
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from opdcache.errors import PromptError
+from opdcache.prompts import (
+    Prompt,
+    PromptSet,
+    RenderedPrompt,
+    load_prompts,
+    render,
+    requests,
+    scheduled,
+)
+from opdcache.schemas.config import (
+    JsonlSource,
+    ParquetSource,
+    PromptsConfig,
+    ReasoningGymSource,
+)
+
+
+class WordTokenizer:
+    """A word is a token; its id is the word's length."""
+
+    def __init__(self, chat_template: str | None = "yes") -> None:
+        self.chat_template = chat_template
+
+    def get_vocab(self) -> dict[str, int]:
+        return {}
+
+    def encode(self, text: str) -> list[int]:
+        return [len(word) for word in text.split()]
+
+    def apply_chat_template(self, conversation: Any, **kwargs: Any) -> Any:
+        assert kwargs == {"add_generation_prompt": True, "tokenize": True, "return_dict": False}
+        if any(m["role"] == "alien" for m in conversation):
+            raise RuntimeError("roles must\nalternate")
+        return [
+            token
+            for message in conversation
+            for token in (100 + len(message["role"]), *self.encode(message["content"]))
+        ]
+
+
+def jsonl(folder: Path, *rows: object) -> PromptSet:
+    """Prompts of a file whose lines are the rows: text as it is, anything else as JSON."""
+    file = folder / "prompts.jsonl"
+    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+    file.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    return load_prompts(JsonlSource(type="jsonl", path=str(file)))
+
+
+def parquet(folder: Path, rows: list[dict[str, object]]) -> PromptSet:
+    file = folder / "prompts.parquet"
+    pq.write_table(pa.Table.from_pylist(rows), file)
+    return load_prompts(ParquetSource(type="parquet", path=str(file)))
+
+
+def config(**changes: object) -> PromptsConfig:
+    source = {"type": "jsonl", "path": "p.jsonl"}
+    return PromptsConfig.model_validate({"source": source, **changes})
+
+
+def prompt(name: str, *messages: tuple[str, str], task: str = "default") -> Prompt:
+    return Prompt(name, messages or (("user", name),), task, None, f"content of {name}")
+
+
+def names(prompts: list[Prompt]) -> list[str]:
+    return [p.prompt_id for p in prompts]
+
+
+def test_a_jsonl_row_gives_every_field(tmp_path: Path) -> None:
+    loaded = jsonl(
+        tmp_path,
+        {"id": 7, "prompt": "2+2?", "task": "sums", "answer": 4},
+        {"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]},
+    )
+
+    first, second = loaded.prompts
+    assert first.prompt_id == "7"
+    assert (first.messages, first.task, first.answer) == ((("user", "2+2?"),), "sums", "4")
+    assert second.messages == (("system", "s"), ("user", "u"))
+    assert (second.task, second.answer) == ("default", None)
+    assert loaded.dropped == {}
+
+
+def test_a_parquet_source_gives_the_same_prompts_as_a_jsonl_one(tmp_path: Path) -> None:
+    rows: list[dict[str, object]] = [
+        {"id": "a", "prompt": "one", "answer": "1", "messages": None},
+        {"id": "b", "prompt": None, "messages": [{"role": "user", "content": "two"}]},
+    ]
+
+    assert parquet(tmp_path, rows) == jsonl(tmp_path, *rows)
+
+
+def test_a_reasoning_gym_source_is_decided_by_its_seed() -> None:
+    def generated(seed: int) -> list[Prompt]:
+        return load_prompts(
+            ReasoningGymSource(type="reasoning_gym", dataset="chain_sum", size=5, seed=seed)
+        ).prompts
+
+    assert generated(1) == generated(1)
+    assert names(generated(1)) != names(generated(2))
+    assert len(generated(1)) == 5
+    assert {p.task for p in generated(1)} == {"chain_sum"}
+    assert all((p.answer or "").lstrip("-").isdigit() for p in generated(1))
+
+
+def test_reasoning_gym_takes_more_arguments_of_the_dataset() -> None:
+    source = ReasoningGymSource(
+        type="reasoning_gym",
+        dataset="chain_sum",
+        size=4,
+        config={"min_terms": 6, "max_terms": 6, "min_digits": 1, "max_digits": 1},
+    )
+
+    for generated in load_prompts(source).prompts:
+        question = generated.messages[0][1]
+        assert sum(question.count(sign) for sign in "+-") >= 5
+
+
+def test_an_unknown_reasoning_gym_dataset_is_a_prompt_error() -> None:
+    source = ReasoningGymSource(type="reasoning_gym", dataset="no_such_thing", size=1)
+
+    with pytest.raises(PromptError, match="no_such_thing"):
+        load_prompts(source)
+
+
+def test_an_unknown_argument_of_a_dataset_is_a_prompt_error() -> None:
+    source = ReasoningGymSource(
+        type="reasoning_gym", dataset="chain_sum", size=1, config={"colour": 3}
+    )
+
+    with pytest.raises(PromptError, match="colour"):
+        load_prompts(source)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        '{"prompt": "unfinished',
+        "[1, 2]",
+        '"text"',
+        '{"text": "another key"}',
+        '{"prompt": "both", "messages": [{"role": "user", "content": "x"}]}',
+        '{"prompt": 5}',
+        '{"messages": []}',
+        '{"messages": "hello"}',
+        '{"messages": [{"role": "user"}]}',
+        '{"messages": [{"role": "user", "content": null}]}',
+        '{"messages": 3}',
+        '{"prompt": "half a character: \\ud83d"}',
+    ],
+)
+def test_a_malformed_jsonl_row_is_named_by_file_and_line(tmp_path: Path, row: str) -> None:
+    with pytest.raises(PromptError, match=r"prompts\.jsonl:3: ") as caught:
+        jsonl(tmp_path, {"prompt": "good"}, "", row, {"prompt": "good too"})
+
+    assert "\n" not in str(caught.value)
+
+
+def test_a_malformed_parquet_row_is_named_by_its_number(tmp_path: Path) -> None:
+    with pytest.raises(PromptError, match=r"prompts\.parquet row 1: "):
+        parquet(tmp_path, [{"prompt": "good"}, {"prompt": None}])
+
+
+def test_a_line_separator_within_a_prompt_does_not_end_the_row(tmp_path: Path) -> None:
+    texts = ["a\u2028b", "c\u0085d", "e\u2029f"]  # legal, unescaped, in JSON text
+
+    loaded = jsonl(tmp_path, *(json.dumps({"prompt": t}, ensure_ascii=False) for t in texts))
+
+    assert [p.messages[0][1] for p in loaded.prompts] == texts
+
+
+def test_an_empty_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(PromptError, match=r"prompts\.jsonl: no prompts"):
+        jsonl(tmp_path)
+
+
+def test_a_file_of_blank_lines_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(PromptError, match="no prompts"):
+        jsonl(tmp_path, "", "  ")
+
+
+def test_an_empty_parquet_file_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "p.parquet"
+    pq.write_table(pa.table({"prompt": pa.array([], pa.string())}), file)
+
+    with pytest.raises(PromptError, match="no prompts"):
+        load_prompts(ParquetSource(type="parquet", path=str(file)))
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_a_missing_file_is_a_prompt_error_that_names_it(tmp_path: Path, kind: str) -> None:
+    source = config(source={"type": kind, "path": str(tmp_path / "nowhere")}).source
+
+    with pytest.raises(PromptError, match="nowhere"):
+        load_prompts(source)
+
+
+def test_a_file_that_is_not_utf8_is_a_prompt_error(tmp_path: Path) -> None:
+    file = tmp_path / "p.jsonl"
+    file.write_bytes('{"prompt": "café"}'.encode("latin-1"))
+
+    with pytest.raises(PromptError, match="not UTF-8"):
+        load_prompts(JsonlSource(type="jsonl", path=str(file)))
+
+
+def test_a_file_that_is_no_parquet_is_a_prompt_error(tmp_path: Path) -> None:
+    file = tmp_path / "p.parquet"
+    file.write_text("not parquet")
+
+    with pytest.raises(PromptError, match=r"p\.parquet: not a readable Parquet file"):
+        load_prompts(ParquetSource(type="parquet", path=str(file)))
+
+
+def test_exact_copies_are_dropped_and_counted(tmp_path: Path) -> None:
+    loaded = jsonl(tmp_path, *({"prompt": text} for text in "abacaa"))
+
+    assert [p.messages[0][1] for p in loaded.prompts] == ["a", "b", "c"]
+    assert loaded.dropped == {"copy of another prompt": 3}
+
+
+def test_the_same_text_for_another_task_is_another_prompt(tmp_path: Path) -> None:
+    loaded = jsonl(tmp_path, {"prompt": "a", "task": "x"}, {"prompt": "a", "task": "y"})
+
+    assert len(set(names(loaded.prompts))) == 2
+
+
+def test_one_id_for_two_prompts_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(PromptError, match="id 'x' stands for two prompts"):
+        jsonl(tmp_path, {"id": "x", "prompt": "a"}, {"id": "x", "prompt": "b"})
+
+
+def test_an_id_that_the_source_does_not_give_follows_from_the_prompt_alone(tmp_path: Path) -> None:
+    one = jsonl(tmp_path, {"prompt": "a"}, {"prompt": "b"}).prompts
+    other = jsonl(tmp_path, {"prompt": "b"}, {"prompt": "a"}).prompts
+
+    assert names(one) == names(other)[::-1]
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(1, 12), st.integers(1, 30), st.integers(0, 10), st.integers(0, 3))
+def test_the_schedule_takes_every_prompt_once_in_each_pass(
+    size: int, per_round: int, rounds: int, seed: int
+) -> None:
+    prompts = [prompt(str(i)) for i in range(size)]
+    walked = [
+        name
+        for index in range(rounds)
+        for name in names(scheduled(prompts, config(per_round=per_round), seed, index))
+    ]
+
+    assert len(walked) == rounds * per_round
+    passes = [walked[start : start + size] for start in range(0, len(walked), size)]
+    for whole in passes[:-1]:
+        assert sorted(whole) == sorted(names(prompts))
+    assert not passes or len(set(passes[-1])) == len(passes[-1])
+
+
+def test_a_round_s_prompts_can_be_named_without_the_rounds_before() -> None:
+    prompts = [prompt(str(i)) for i in range(10)]
+    settings_ = config(per_round=7)
+    one_by_one = [names(scheduled(prompts, settings_, 3, index)) for index in range(6)]
+
+    whole = names(scheduled(prompts, config(per_round=42), 3, 0))
+
+    assert [name for part in one_by_one for name in part] == whole
+    assert names(scheduled(prompts, settings_, 3, 5)) == one_by_one[5]
+
+
+def test_a_shuffled_walk_has_a_new_order_each_pass_and_for_each_seed() -> None:
+    prompts = [prompt(str(i)) for i in range(20)]
+    orders = [
+        tuple(names(scheduled(prompts, config(per_round=20), seed, index)))
+        for seed in range(2)
+        for index in range(2)
+    ]
+
+    assert len({*orders, tuple(names(prompts))}) == 5
+
+
+def test_a_listed_walk_keeps_the_order_of_the_source() -> None:
+    prompts = [prompt(name) for name in "abcde"]
+
+    walked = [
+        names(scheduled(prompts, config(per_round=3, order="listed"), 0, index))
+        for index in range(4)
+    ]
+
+    assert walked == [["a", "b", "c"], ["d", "e", "a"], ["b", "c", "d"], ["e", "a", "b"]]
+
+
+def test_each_prompt_gets_samples_numbered_from_0() -> None:
+    rendered = [RenderedPrompt(prompt(name), (1,)) for name in "ab"]
+
+    made = [(r.rendered.prompt.prompt_id, r.sample_index) for r in requests(rendered, 2)]
+
+    assert made == [("a", 0), ("a", 1), ("b", 0), ("b", 1)]
+
+
+def test_a_prompt_that_stands_twice_in_a_round_never_repeats_a_sample_index() -> None:
+    rendered = [RenderedPrompt(prompt(name), (1,)) for name in "abaa"]
+
+    counts = Counter((r.rendered.prompt.prompt_id, r.sample_index) for r in requests(rendered, 3))
+
+    assert counts == Counter([("a", i) for i in range(9)] + [("b", i) for i in range(3)])
+
+
+def test_a_chat_is_rendered_by_the_template() -> None:
+    (rendered,) = render([prompt("x", ("user", "aa bbb"))], config(), WordTokenizer())
+
+    assert rendered.token_ids == (104, 2, 3)
+
+
+def test_a_system_message_goes_before_every_chat() -> None:
+    (rendered,) = render([prompt("x", ("user", "a"))], config(system="be nice"), WordTokenizer())
+
+    assert rendered.token_ids == (106, 2, 4, 104, 1)
+
+
+def test_a_raw_prompt_is_its_text_alone() -> None:
+    tokenizer = WordTokenizer(chat_template=None)
+
+    (rendered,) = render(
+        [prompt("x", ("user", "aa b"), ("assistant", "bb ccc"))],
+        config(template="raw", system="not used"),
+        tokenizer,
+    )
+
+    assert rendered.token_ids == (2, 3, 3)  # "aa b" + "bb ccc"
+
+
+def test_a_tokenizer_without_chat_template_is_refused_with_the_remedy() -> None:
+    with pytest.raises(PromptError, match=r"no chat template; set prompts\.template: raw"):
+        render([prompt("x")], config(), WordTokenizer(chat_template=None))
+
+
+def test_a_chat_that_the_template_refuses_is_named_in_one_line() -> None:
+    with pytest.raises(PromptError) as caught:
+        render([prompt("odd", ("alien", "x"))], config(), WordTokenizer())
+
+    assert str(caught.value) == "prompt odd: the chat template refuses it: roles must alternate"
+
+
+def test_a_prompt_without_tokens_is_refused() -> None:
+    with pytest.raises(PromptError, match="prompt blank: a prompt has no tokens"):
+        render([prompt("blank", ("user", " "))], config(template="raw"), WordTokenizer())

@@ -1,0 +1,378 @@
+"""Run files: what is accepted, and one clear line for whatever is not."""
+
+import copy
+import itertools
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import yaml
+
+from opdcache.errors import ConfigError
+from opdcache.runfile import load_run
+from opdcache.schemas.config import JsonlSource, ReasoningGymSource, RunConfig
+from opdcache.schemas.losses import (
+    CELLS,
+    Direction,
+    LossConfig,
+    Normalisation,
+    Support,
+    cell,
+    refusal,
+)
+
+MINIMAL: dict[str, Any] = {
+    "student": {"model": "models/student"},
+    "teacher": {"model": "./models/teacher"},
+    "prompts": {"source": {"type": "jsonl", "path": "prompts.jsonl"}},
+}
+EVERY_LOSS = [
+    LossConfig(support=s, direction=d, normalisation=n, k=k)
+    for s, d, n, k in itertools.product(
+        get_args(Support), get_args(Direction), get_args(Normalisation), (1, 16)
+    )
+]
+# METHOD.md's table, written out: support -> (direction, normalisation)
+ON_A_SUPPORT = {
+    ("reverse", "renormalised"),
+    ("reverse", "tail"),
+    ("forward", "tail"),
+    ("reverse", "reference"),
+}
+ALLOWED = {
+    ("sampled", "reverse", "none"),
+    *((s, *form) for s in ("teacher_topk", "student_topk", "overlap") for form in ON_A_SUPPORT),
+}
+
+
+def run_file(folder: Path, changes: dict[str, Any] | None = None) -> Path:
+    """A minimal run file with values put in by dotted path; None takes a key away."""
+    raw = copy.deepcopy(MINIMAL)
+    for place, value in (changes or {}).items():
+        *parents, last = place.split(".")
+        inner = raw
+        for name in parents:
+            inner = inner.setdefault(name, {})
+        if value is None:
+            del inner[last]
+        else:
+            inner[last] = value
+    path = folder / "run.yaml"
+    path.write_text(yaml.safe_dump(raw))
+    return path
+
+
+def load(folder: Path, changes: dict[str, Any] | None = None) -> RunConfig:
+    return load_run(run_file(folder, changes))
+
+
+def fault(path: Path) -> str:
+    """The one line that a run file is refused with."""
+    with pytest.raises(ConfigError) as caught:
+        load_run(path)
+    said = str(caught.value)
+    assert len(said.splitlines()) == 1
+    assert said.startswith(str(path))
+    assert caught.value.exit_code == 2
+    return said
+
+
+def test_a_minimal_run_file_is_accepted(tmp_path: Path) -> None:
+    config = load(tmp_path)
+
+    assert (config.rounds, config.train.loss.k, config.teacher.dtype) == (1, 16, "bfloat16")
+    assert config.evaluation is None
+
+
+@pytest.mark.parametrize(
+    ("place", "near"),
+    [
+        ("sead", "seed"),
+        ("evalution", "evaluation"),
+        ("train.los", "loss"),
+        ("train.loss.suport", "support"),
+        ("train.optimizer.learning_lr", None),
+        ("rollout.sampling.temprature", "temperature"),
+        ("teacher.dtpye", "dtype"),
+        ("prompts.max_prompt_token", "max_prompt_tokens"),
+        ("prompts.source.paths", "path"),
+    ],
+)
+def test_an_unknown_key_is_named_with_its_near_match(
+    tmp_path: Path, place: str, near: str | None
+) -> None:
+    said = fault(run_file(tmp_path, {place: 1}))
+
+    assert "unknown key" in said
+    assert place.rsplit(".", 1)[-1] in said
+    assert f"did you mean {near!r}?" in said if near else "known keys: betas, eps, lr" in said
+
+
+def test_an_unknown_key_of_a_prompt_source_is_matched_within_its_kind(tmp_path: Path) -> None:
+    source = {"type": "reasoning_gym", "dataset": "chain_sum", "size": 2, "sed": 1}
+
+    said = fault(run_file(tmp_path, {"prompts.source": source}))
+
+    assert "'seed'" in said
+    assert "sed" in said
+
+
+def test_a_prompt_source_does_not_offer_the_keys_of_another_kind(tmp_path: Path) -> None:
+    said = fault(run_file(tmp_path, {"prompts.source.datase": 1}))
+
+    assert said.endswith("known keys: path, type")
+
+
+def test_an_unknown_key_of_the_evaluation_s_source_gets_its_near_match(tmp_path: Path) -> None:
+    evaluation = {"source": {"type": "parquet", "path": "p", "pathh": "q"}}
+
+    assert "did you mean 'path'?" in fault(run_file(tmp_path, {"evaluation": evaluation}))
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [
+        ("student", "studnet"),
+        ("teacher.model", "modle"),
+        ("prompts.source", "sorce"),
+        ("prompts.source.path", "pth"),
+    ],
+)
+def test_a_misspelt_key_that_must_be_there_gets_its_near_match(
+    tmp_path: Path, right: str, wrong: str
+) -> None:
+    *parents, last = right.split(".")
+    value: Any = MINIMAL
+    for name in right.split("."):
+        value = value[name]
+
+    said = fault(run_file(tmp_path, {right: None, ".".join([*parents, wrong]): value}))
+
+    assert wrong in said
+    assert f"did you mean {last!r}?" in said
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        ("rounds", "three"),
+        ("rounds", 0),
+        ("seed", 1.5),
+        ("student", "models/student"),
+        ("student.model", 7),
+        ("teacher.dtype", "float64"),
+        ("rollout.sampling.temperature", 0),
+        ("rollout.sampling.top_p", 1.2),
+        ("score.columns", ["sampled", "hidden_states"]),
+        ("score.step", 0),
+        ("train.optimizer.betas", [0.9]),
+        ("train.zero_stage", 4),
+        ("train.loss.k", 0),
+        ("prompts.order", "random"),
+    ],
+)
+def test_a_wrong_value_is_named_by_its_place(tmp_path: Path, place: str, value: object) -> None:
+    assert f"{place}" in fault(run_file(tmp_path, {place: value}))
+
+
+def test_a_missing_key_is_named(tmp_path: Path) -> None:
+    assert "teacher.model: Field required" in fault(run_file(tmp_path, {"teacher.model": None}))
+
+
+def test_a_prompt_source_of_no_known_kind_is_refused_with_the_known_ones(tmp_path: Path) -> None:
+    said = fault(run_file(tmp_path, {"prompts.source": {"type": "csv", "path": "x"}}))
+
+    assert all(kind in said for kind in ("csv", "jsonl", "parquet", "reasoning_gym"))
+
+
+def test_a_wrong_value_says_what_was_there(tmp_path: Path) -> None:
+    assert "'three'" in fault(run_file(tmp_path, {"rounds": "three"}))
+
+
+def test_further_faults_are_counted(tmp_path: Path) -> None:
+    assert "(1 more)" in fault(run_file(tmp_path, {"rounds": 0, "seed": "x"}))
+
+
+def test_a_file_that_is_no_yaml_is_refused_with_the_line(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("seed: 1\nrounds: 2\nstudent: {model: [\nteacher: x: y\n")
+
+    assert fault(path).startswith(f"{path}:4: not YAML")
+
+
+@pytest.mark.parametrize("text", ["", "- a\n- b\n", "just text", "3"])
+def test_a_file_that_is_no_mapping_is_refused(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+
+    assert "a run file is a mapping" in fault(path)
+
+
+@pytest.mark.parametrize("data", ["seed: é\n".encode("latin-1"), b"seed: \0\n", b"\x80\x81"])
+def test_a_file_that_is_no_text_is_refused(tmp_path: Path, data: bytes) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_bytes(data)
+
+    assert fault(path)
+
+
+def test_keys_that_are_no_text_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("1: 2\n")
+
+    assert fault(path)
+
+
+def test_a_missing_file_is_refused_with_a_remedy(tmp_path: Path) -> None:
+    said = fault(tmp_path / "nowhere.yaml")
+
+    assert "No such file" in said
+    assert "give the path of a run.yaml" in said
+
+
+def test_a_folder_in_place_of_the_file_is_refused(tmp_path: Path) -> None:
+    assert "directory" in fault(tmp_path)
+
+
+def test_relative_paths_are_the_run_file_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, elsewhere = tmp_path / "a", tmp_path / "b"
+    (folder / "models" / "student").mkdir(parents=True)
+    elsewhere.mkdir()
+    run_file(
+        folder,
+        {
+            "cache": "../shared",
+            "output": "out",
+            "evaluation": {"source": {"type": "parquet", "path": "held/out.parquet"}},
+        },
+    )
+    monkeypatch.chdir(elsewhere)
+
+    config = load_run(Path("../a/run.yaml"))
+
+    assert Path(config.cache).resolve() == tmp_path / "shared"
+    assert config.output == str(folder / "out")
+    assert config.student.model == str(folder / "models" / "student")
+    assert Path(config.teacher.model).resolve() == folder / "models" / "teacher"
+    assert isinstance(config.prompts.source, JsonlSource)
+    assert config.prompts.source.path == str(folder / "prompts.jsonl")
+    assert config.evaluation is not None
+    assert config.evaluation.source.path == str(folder / "held/out.parquet")  # type: ignore[union-attr]
+
+
+def test_the_output_is_named_after_the_run_file_when_it_is_not_given(tmp_path: Path) -> None:
+    assert load(tmp_path).output == str(tmp_path / "run")
+
+
+def test_absolute_paths_and_urls_stay(tmp_path: Path) -> None:
+    config = load(tmp_path, {"cache": "s3://bucket/cache", "student.model": "/models/one"})
+
+    assert (config.cache, config.student.model) == ("s3://bucket/cache", "/models/one")
+
+
+def test_a_model_that_is_no_folder_but_may_be_the_hub_s_stays(tmp_path: Path) -> None:
+    config = load(tmp_path, {"student.model": "Qwen/Qwen2.5-0.5B"})
+
+    assert config.student.model == "Qwen/Qwen2.5-0.5B"
+
+
+def test_a_generated_prompt_source_has_no_path(tmp_path: Path) -> None:
+    source = {"type": "reasoning_gym", "dataset": "chain_sum", "size": 2}
+
+    loaded = load(tmp_path, {"prompts.source": source}).prompts.source
+
+    assert loaded == ReasoningGymSource.model_validate(source)
+
+
+def test_a_number_that_yaml_takes_for_text_is_a_number(tmp_path: Path) -> None:
+    path = run_file(tmp_path)
+    path.write_text(path.read_text() + "train:\n  optimizer:\n    lr: 1e-6\n")
+
+    assert load_run(path).train.optimizer.lr == 1e-6
+
+
+@pytest.mark.parametrize("loss", EVERY_LOSS, ids=str)
+def test_a_loss_is_refused_with_a_reason_or_is_one_of_the_registry(loss: LossConfig) -> None:
+    reason = refusal(loss)
+    form = (loss.support, loss.direction, loss.normalisation)
+    meaningless = loss.normalisation == "renormalised" and loss.k == 1
+
+    if form in ALLOWED and not meaningless:
+        assert reason is None
+        assert cell(loss) is CELLS[form]
+    else:
+        assert reason is not None
+        assert len(reason.split()) > 4
+
+
+def test_the_registry_has_the_allowed_combinations_and_no_other() -> None:
+    assert set(CELLS) == ALLOWED
+
+
+@pytest.mark.parametrize("loss", [loss for loss in EVERY_LOSS if refusal(loss)], ids=str)
+def test_a_refused_loss_is_one_line_with_its_reason(tmp_path: Path, loss: LossConfig) -> None:
+    said = fault(run_file(tmp_path, {"train.loss": loss.model_dump()}))
+
+    assert f"train.loss: {refusal(loss)}" in said
+
+
+@pytest.mark.parametrize("form", CELLS, ids="-".join)
+def test_every_combination_of_the_registry_is_accepted(
+    tmp_path: Path, form: tuple[str, str, str]
+) -> None:
+    loss = dict(zip(("support", "direction", "normalisation"), form, strict=True))
+
+    assert load(tmp_path, {"train.loss": loss}).train.loss.support == form[0]
+
+
+def test_a_student_topk_loss_without_recorded_top_k_is_refused(tmp_path: Path) -> None:
+    said = fault(
+        run_file(tmp_path, {"train.loss.support": "student_topk", "rollout.student_topk": 0})
+    )
+
+    assert "set rollout.student_topk to 16 or more, not 0" in said
+
+
+def test_a_student_topk_loss_of_more_entries_than_recorded_is_refused(tmp_path: Path) -> None:
+    changes = {"train.loss": {"support": "student_topk", "k": 17}, "rollout.student_topk": 16}
+
+    assert "set rollout.student_topk to 17 or more" in fault(run_file(tmp_path, changes))
+
+
+@pytest.mark.parametrize("support", ["teacher_topk", "overlap"])
+def test_a_loss_of_more_entries_than_stored_is_refused(tmp_path: Path, support: str) -> None:
+    changes = {"train.loss": {"support": support, "k": 32}, "score.k": 16}
+
+    assert "k = 32 is more than score.k = 16 keeps" in fault(run_file(tmp_path, changes))
+
+
+def test_a_loss_of_fewer_entries_than_stored_is_accepted(tmp_path: Path) -> None:
+    changes = {"train.loss.k": 4, "score.k": 16}
+
+    assert load(tmp_path, changes).train.loss.k == 4
+
+
+@pytest.mark.parametrize(
+    ("support", "column"),
+    [("sampled", "sampled"), ("overlap", "topk"), ("student_topk", "student_topk")],
+)
+def test_a_loss_whose_column_is_not_stored_is_refused(
+    tmp_path: Path, support: str, column: str
+) -> None:
+    changes = {
+        "train.loss": {
+            "support": support,
+            "normalisation": "none" if support == "sampled" else "tail",
+        },
+        "score.columns": ["entropy"],
+    }
+
+    said = fault(run_file(tmp_path, changes))
+
+    assert f"needs the score column {column}; add it to score.columns" in said
+
+
+def test_the_student_s_entries_are_not_scored_when_none_are_recorded(tmp_path: Path) -> None:
+    config = load(tmp_path, {"rollout.student_topk": 0})
+
+    assert config.score_columns == {"sampled", "entropy", "topk"}
