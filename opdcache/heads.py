@@ -315,9 +315,9 @@ def _probs_without(logits_CV: Tensor, rest_C: Tensor, ids_CK: Tensor, within_CK:
 
 
 def _entropy(logits_CV: Tensor, lse_C: Tensor) -> Tensor:
-    """Entropy in nats: ``logsumexp(z) - sum(p z)``."""
-    probs_CV = (logits_CV - lse_C[:, None]).exp_()
-    return lse_C - probs_CV.mul_(logits_CV).sum(dim=1)
+    """Entropy in nats, ``-sum(p log p)``: ``logsumexp(z) - sum(p z)`` cancels at large logits."""
+    logprobs_CV = logits_CV - lse_C[:, None]
+    return -logprobs_CV.exp().mul_(logprobs_CV).sum(dim=1)
 
 
 def _chunks(num_tokens: int, chunk_tokens: int) -> Iterator[slice]:

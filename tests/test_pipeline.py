@@ -328,6 +328,39 @@ def test_a_changed_byte_in_a_shard_stops_the_stage_that_reads_it(
     assert "OPD301" in done.stderr.splitlines()[-1]
 
 
+def test_a_full_disk_is_one_line_and_loses_nothing(
+    finished: Path, tiny_student: Path, tiny_teacher: Path, tmp_path: Path
+) -> None:
+    """On a real file system that is full: a small one of memory, in a mount space of its own."""
+    write_prompts(tmp_path)
+    score = {"k": 18}  # nothing serves it yet
+    run = write_run(tmp_path, "full", tiny_student, tiny_teacher, score=score)
+    (tmp_path / "cache").mkdir()
+    command = f"{sys.executable} -m opdcache.cli.main"
+    script = f"""
+        mount -t tmpfs -o size=8m tmpfs {tmp_path}/cache
+        cp -r {finished}/cache/commits {finished}/cache/data {tmp_path}/cache
+        {command} rollout {run} --round 0 || exit 1
+        dd if=/dev/zero of={tmp_path}/cache/filler bs=4k 2> /dev/null
+        {command} score {run} --round 0 2> {tmp_path}/full.txt
+        echo $? >> {tmp_path}/full.txt
+        rm {tmp_path}/cache/filler
+        {command} score {run} --round 0
+    """
+    done = subprocess.run(
+        ["unshare", "--map-root-user", "--mount", "sh", "-c", script],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    *_, error, code = (tmp_path / "full.txt").read_text().splitlines()
+    assert code == "1"
+    assert "no space left" in error
+    assert "OPD202" in error
+    assert "Traceback" not in (tmp_path / "full.txt").read_text()
+
+
 def test_a_table_of_rollouts_has_no_list_without_its_tokens(finished: Path) -> None:
     for path in (finished / "cache").rglob("rollouts.parquet"):
         table = pq.read_table(path)

@@ -93,7 +93,9 @@ class TransformersScorer:
         Raises:
             InvalidShard: a token id is not in the model's vocabulary.
         """
-        vocab, largest = self._head.weight.shape[0], int(sequences.sampled_T.max(initial=0))
+        vocab = self._head.weight.shape[0]
+        read = (*sequences.prompts, *sequences.completions, sequences.recorded_TS)
+        largest = max(int(ids.max(initial=0)) for ids in read)
         if largest >= vocab:
             raise InvalidShard(
                 "a token id is not in the model's vocabulary", expected=f"< {vocab}", got=largest
@@ -102,7 +104,7 @@ class TransformersScorer:
             yield self._hidden(sequences, rows)
 
     def _batches(self, sequences: Sequences) -> Iterator[list[int]]:
-        """Rows by falling length, as many as the padded budget holds; empty completions last."""
+        """Rows by falling length, as many as the padded budget holds."""
         lengths = [
             len(p) + len(c) for p, c in zip(sequences.prompts, sequences.completions, strict=True)
         ]

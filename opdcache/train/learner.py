@@ -33,7 +33,6 @@ _CARRIED = (
 
 
 _LEAST_FREE_BYTES = 2**20
-_TAG = "round-{:03d}-update-{:06d}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +53,35 @@ class Position:
     num_samples: int = 0
     num_tokens: int = 0
     elapsed_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """What the name of a saved state tells before it is loaded.
+
+    Attributes:
+        round: round in training when it was saved.
+        num_updates: updates of the run that were done.
+        num_ranks: ranks that saved it; as many must load it.
+    """
+
+    round: int
+    num_updates: int
+    num_ranks: int
+
+    @property
+    def tag(self) -> str:
+        """Name of the state's folder."""
+        return f"round-{self.round:03d}-update-{self.num_updates:06d}-ranks-{self.num_ranks}"
+
+    @classmethod
+    def newest(cls, checkpoints: Path) -> "Saved | None":
+        """The newest saved state; None when there is none."""
+        try:
+            tag = (checkpoints / "latest").read_text().strip()
+        except FileNotFoundError:
+            return None
+        return cls(*(int(part) for part in tag.split("-")[1::2]))
 
 
 class SupportHead(nn.Module):
@@ -158,7 +186,7 @@ class Learner:
 
     def step(self) -> float:
         """Clip, update, advance the schedule; the gradient's norm before clipping."""
-        norm = self._local_norm() if self._config.zero_stage == 0 else None
+        norm = self._plain_norm() if self._config.zero_stage == 0 else None
         self._engine.step()
         return float(self._engine.get_global_grad_norm() if norm is None else norm)
 
@@ -177,7 +205,7 @@ class Learner:
 
     def save(self, checkpoints: Path, position: Position) -> None:
         """Save weights, float32 masters, moments, schedule and position; older saves go after."""
-        tag = _TAG.format(position.round, position.num_updates)
+        tag = Saved(position.round, position.num_updates, self.world_size).tag
         with _space(checkpoints):
             self._engine.save_checkpoint(
                 str(checkpoints), tag=tag, client_state={"position": asdict(position)}
@@ -218,7 +246,10 @@ class Learner:
 
         deepspeed.comm.barrier()
 
-    def _local_norm(self) -> Tensor:
+    def _plain_norm(self) -> Tensor:
+        """Norm of the gradient that the ranks average; averaging it again changes nothing."""
+        if self.world_size > 1:
+            self._engine.allreduce_gradients()
         grads = [p.grad for p in self._engine.module.parameters() if p.grad is not None]
         return torch.nn.utils.get_total_norm(grads)
 
@@ -236,15 +267,6 @@ def lr_factor(optimizer: OptimizerConfig, done: int, total: int) -> float:
         return 1.0
     left = 1 - min(1.0, (done - warmup) / max(1, total - warmup))
     return left if optimizer.schedule == "linear" else (1 - math.cos(math.pi * left)) / 2
-
-
-def saved(checkpoints: Path) -> tuple[int, int] | None:
-    """Round, and updates of the run, of the newest saved state; None when there is none."""
-    try:
-        _, round_index, _, num_updates = (checkpoints / "latest").read_text().strip().split("-")
-    except FileNotFoundError:
-        return None
-    return int(round_index), int(num_updates)
 
 
 def deepspeed_config(config: TrainConfig) -> dict[str, object]:

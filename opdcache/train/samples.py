@@ -1,7 +1,7 @@
 """Samples of a round, in a seeded global order, as tensors.
 
 The order depends on the seed, the round and the shards alone, never on the number of ranks or the
-size of a micro-batch; so a run resumes at the exact sample in any layout.
+size of a micro-batch; so a run resumes at the exact sample.
 
 Legend: B sequences, L padded length, T completion tokens of the micro-batch, K teacher entries,
 S recorded student entries.
@@ -129,6 +129,7 @@ class RoundSamples:
 
         def joined(values: Sequence[NDArray[Any] | None]) -> Tensor | None:
             present = [value for value in values if value is not None]
+            assert len(present) in (0, len(pieces)), "a round's shards have the same columns"
             return needed(present) if present else None
 
         topk = [found for p in pieces if (found := p.topk(self._k)) is not None]

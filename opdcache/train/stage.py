@@ -6,12 +6,12 @@ from dataclasses import replace
 
 import torch
 
-from ..errors import EngineError, InputsMissing, Interrupted
+from ..errors import EngineError, InputsMissing, Interrupted, RunChanged
 from ..identity import model_fingerprint
 from ..runfolder import RunContext
 from ..schemas.rounds import RolloutRound, ScoreRound, TrainRound
 from ..stage import interrupts
-from .learner import Learner, Position, saved
+from .learner import Learner, Position, Saved
 from .live import ids_to_gather, live, means, metric_sums, on_support, within_support
 from .losses import token_losses
 from .metrics import MetricsLog
@@ -73,7 +73,7 @@ class _Training:
             total_updates=self._num_updates * config.rounds,
         )
         self._position = self._resume()
-        self._stop = False
+        self._stop = self._stop_agreed = False
 
     @property
     def dropped(self) -> dict[str, int]:
@@ -90,7 +90,7 @@ class _Training:
             with interrupts(self._ask_to_stop):
                 while self._position.next_update < self._num_updates:
                     self._update(log)
-                    if self._stop:
+                    if self._stop_agreed:
                         self._save()
                         raise Interrupted(
                             f"stopped after update {self._position.next_update} of round "
@@ -109,22 +109,30 @@ class _Training:
     def _resume(self) -> Position:
         """The state to go on from: this round's, or the one that the round before ended with."""
         checkpoints = self._context.folder.checkpoints
-        found = saved(checkpoints)
-        if found is not None and found[0] == self._round:
-            position = self.learner.load(checkpoints)
-            self._context.progress.say(f"resuming after update {position.next_update}")
-            return position
-        if self._round == 0:
-            return Position(self._round)
-        if found is None or found[0] != self._round - 1:
+        found = Saved.newest(checkpoints)
+        if found is None or found.round not in (self._round, self._round - 1):
+            if self._round == 0:
+                return Position(self._round)
             raise InputsMissing(
                 f"the learner's state at the end of round {self._round - 1} is gone",
                 where=checkpoints,
                 remedy="restore it, or train that round again",
             )
-        if not self._train.fresh_optimizer:
-            self.learner.load(checkpoints)
-        return Position(self._round, num_updates=found[1])
+        if found.round < self._round and self._train.fresh_optimizer:
+            return Position(self._round, num_updates=found.num_updates)
+        if found.num_ranks != self.learner.world_size:
+            raise RunChanged(
+                "the learner's state was saved on another number of ranks",
+                where=checkpoints / found.tag,
+                expected=found.num_ranks,
+                got=self.learner.world_size,
+                remedy="launch as many, or set train.fresh_optimizer for the next round",
+            )
+        position = self.learner.load(checkpoints)
+        if found.round < self._round:
+            return Position(self._round, num_updates=position.num_updates)
+        self._context.progress.say(f"resuming after update {position.next_update}")
+        return position
 
     def _log(self) -> MetricsLog | None:
         if self.learner.rank != 0:
@@ -176,8 +184,12 @@ class _Training:
             self.learner.backward(losses_T.sum() * (weight / num_tokens))
             for name, value in metric_sums(self._loss, micro, student, losses_T).items():
                 totals[name] = totals.get(name, 0) + weight * value
+        # Ranks stop after the same update, whichever of them was asked to.
+        totals["num_stops"] = torch.tensor(float(self._stop), dtype=torch.float64)
+        totals = {name: value.to(self.learner.device) for name, value in totals.items()}
         summed = self.learner.sum(torch.stack(list(totals.values())))
         sums = dict(zip(totals, summed.tolist(), strict=True))
+        self._stop_agreed = sums["num_stops"] > 0
         if not torch.isfinite(summed).all():
             raise EngineError(
                 "the loss or a statistic is not finite",

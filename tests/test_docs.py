@@ -1,0 +1,47 @@
+"""Docs that cannot rot: every command, run-file key, column and loss is in them."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from opdcache.cli.main import cli
+from opdcache.schemas.columns import ROLLOUT_COLUMNS, SCORE_ARRAYS
+from opdcache.schemas.config import RunConfig
+from opdcache.schemas.losses import CELLS
+
+ROOT = Path(__file__).parent.parent
+
+
+def text(*names: str) -> str:
+    return "\n".join((ROOT / name).read_text() for name in names)
+
+
+@pytest.mark.parametrize("command", sorted(cli.commands))
+def test_every_command_is_in_the_docs(command: str) -> None:
+    assert f"opdcache {command}" in text("docs/running.md")
+
+
+def test_every_command_in_the_docs_exists() -> None:
+    said = set(re.findall(r"`opdcache ([a-z]+)", text("README.md", "docs/running.md")))
+    assert said
+    assert said <= set(cli.commands)
+
+
+def test_every_stored_column_is_in_the_format() -> None:
+    names = [c.name for c in ROLLOUT_COLUMNS] + [a.name for a in SCORE_ARRAYS]
+    assert [name for name in names if f"`{name}`" not in text("docs/format.md")] == []
+
+
+def test_every_part_of_a_run_file_is_in_the_docs() -> None:
+    parts = [name for name in RunConfig.model_fields if f"`{name}`" not in text("docs/running.md")]
+    assert parts == ["student", "teacher"]  # shown in the example
+
+
+def test_every_choice_of_a_loss_is_in_the_docs() -> None:
+    choices = {choice for cell in CELLS for choice in cell}
+    assert {c for c in choices if f"`{c}`" not in text("docs/running.md")} == set()
+
+
+def test_the_readme_is_short() -> None:
+    assert len(text("README.md").splitlines()) < 200
