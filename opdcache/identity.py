@@ -17,6 +17,15 @@ from .errors import ModelError
 from .schemas.base import Model
 
 _HASHED_COLUMNS = ("prompt_token_ids", "completion_token_ids", "student_topk_ids")
+_TOKENIZER_FILES = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+    "vocab*",
+    "merges.txt",
+    "*.model",
+)
 _NOT_IDENTITY = {"_name_or_path", "transformers_version"}
 
 
@@ -160,6 +169,11 @@ def model_vocab_size(config: Mapping[str, Any]) -> int:
     """Rows of the model's LM head, padding included."""
     text = config.get("text_config") or config
     return int(text["vocab_size"])
+
+
+def tokenizer_files(folder: Path) -> list[Path]:
+    """The tokenizer's files beside a model, by name."""
+    return sorted({file for pattern in _TOKENIZER_FILES for file in folder.glob(pattern)})
 
 
 def weight_files(folder: Path) -> list[Path]:

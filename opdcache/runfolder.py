@@ -18,9 +18,11 @@ from pydantic import ValidationError
 from .errors import InputsMissing, InvalidShard, ModelError, RunChanged, TokenizerMismatch
 from .identity import (
     FileHashes,
+    digest,
     model_config,
     model_fingerprint,
     model_vocab_size,
+    tokenizer_files,
     vocabulary_difference,
     vocabulary_fingerprint,
 )
@@ -168,7 +170,7 @@ def open_run(config: RunConfig, progress: Progress, worker: Worker) -> RunContex
     began = folder.resolved()
     if began is not None:
         _same(began.config, config, folder)
-    now = _resolve(config, folder, began.run_id if began else secrets.token_hex(8))
+    now = _resolve(config, folder, began)
     if began is None:
         _create(folder.path / "resolved.json", now)
         began = folder.resolved()
@@ -225,11 +227,34 @@ def model_folder(ref: ModelRef) -> Path:
         ) from error
 
 
-def _resolve(config: RunConfig, folder: RunFolder, run_id: str) -> Resolved:
+def _resolve(config: RunConfig, folder: RunFolder, began: Resolved | None) -> Resolved:
+    """What the run file means now; ``began`` saves reading tokenizers whose files are the same."""
     student, teacher = model_folder(config.student), model_folder(config.teacher)
     sizes = [model_vocab_size(model_config(path)) for path in (student, teacher)]
     hashes = folder.hashes
     prints = [model_fingerprint(path, hashes) for path in (student, teacher)]
+    files = [file for path in (student, teacher) for file in tokenizer_files(path)]
+    tokenizers = digest(hashes.of(files))
+    known = began is not None and began.tokenizers == tokenizers
+    vocabulary = began.vocabulary if began and known else _shared_vocabulary(student, teacher)
+    return Resolved(
+        run_id=began.run_id if began else secrets.token_hex(8),
+        opdcache=version("opdcache"),
+        config=config,
+        student=prints[0],
+        teacher=prints[1],
+        vocabulary=vocabulary,
+        tokenizers=tokenizers,
+        vocab_size=min(sizes),
+    )
+
+
+def _shared_vocabulary(student: Path, teacher: Path) -> str:
+    """Fingerprint of the token ids that both models share.
+
+    Raises:
+        TokenizerMismatch: they do not.
+    """
     vocabularies = [load_tokenizer(path).get_vocab() for path in (student, teacher)]
     difference = vocabulary_difference(*vocabularies)
     if difference is not None:
@@ -238,15 +263,7 @@ def _resolve(config: RunConfig, folder: RunFolder, run_id: str) -> Resolved:
             where=teacher,
             remedy="choose a teacher with the student's tokenizer",
         )
-    return Resolved(
-        run_id=run_id,
-        opdcache=version("opdcache"),
-        config=config,
-        student=prints[0],
-        teacher=prints[1],
-        vocabulary=vocabulary_fingerprint(vocabularies[0]),
-        vocab_size=min(sizes),
-    )
+    return vocabulary_fingerprint(vocabularies[0])
 
 
 def _same(began: RunConfig, now: RunConfig, folder: RunFolder) -> None:

@@ -21,6 +21,7 @@ class Resolved(Model):
     student: str = Field(description="fingerprint of the policy of round 0")
     teacher: str = Field(description="fingerprint of the teacher")
     vocabulary: str = Field(description="fingerprint of the shared token ids")
+    tokenizers: str = Field(description="digest of both models' tokenizer files")
     vocab_size: int = Field(description="ids that both models can produce")
 
 

@@ -18,19 +18,10 @@ from torch import Tensor, nn
 
 from ..errors import ModelError, StoreFull
 from ..heads import StudentView, split_head, support_view
+from ..identity import tokenizer_files
 from ..models import default_device, load_model
 from ..schemas.config import OptimizerConfig, TrainConfig
 from .samples import MicroBatch
-
-_CARRIED = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "chat_template*",
-    "vocab*",
-    "merges.txt",
-    "*.model",
-)
-
 
 _LEAST_FREE_BYTES = 2**20
 
@@ -235,9 +226,8 @@ class Learner:
             with _space(folder), _whole(folder) as draft:
                 weights = None if state is None else _model_state(state)
                 self._model.save_pretrained(draft, state_dict=weights)  # type: ignore[operator]
-                for pattern in _CARRIED:
-                    for file in self._folder.glob(pattern):
-                        shutil.copy2(file, draft / file.name)
+                for file in tokenizer_files(self._folder):
+                    shutil.copy2(file, draft / file.name)
         self.barrier()
 
     def barrier(self) -> None:
