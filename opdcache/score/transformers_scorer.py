@@ -6,6 +6,7 @@ Sequences are padded on the right and attended causally, so padding is never see
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -94,7 +95,8 @@ class TransformersScorer:
             InvalidShard: a token id is not in the model's vocabulary.
         """
         vocab = self._head.weight.shape[0]
-        read = (*sequences.prompts, *sequences.completions, sequences.recorded_TS)
+        read: list[NDArray[Any]] = [*sequences.prompts, *sequences.completions]
+        read.append(sequences.recorded_TS)
         largest = max(int(ids.max(initial=0)) for ids in read)
         if largest >= vocab:
             raise InvalidShard(
