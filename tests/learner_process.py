@@ -51,6 +51,7 @@ def carry_out(job: dict[str, Any]) -> None:
         student="student",
         teacher="teacher",
         vocabulary="vocabulary",
+        tokenizers="tokenizers",
         vocab_size=258,
     )
     context = RunContext(
