@@ -57,6 +57,8 @@ def make_tiny_model(folder: Path, tokenizer_folder: Path, *, seed: int, **change
         **changes,
     }
     model = LlamaForCausalLM(LlamaConfig(**arguments))
+    with torch.no_grad():  # so that some completions end, and others are cut off
+        model.get_output_embeddings().weight[EOS_ID] *= 1.5
     model.save_pretrained(folder)
     for file in tokenizer_folder.iterdir():
         shutil.copy(file, folder)
