@@ -237,10 +237,11 @@ class Learner:
         deepspeed.comm.barrier()
 
     def _plain_norm(self) -> Tensor:
-        """Norm of the gradient that the ranks average; averaging it again changes nothing."""
-        if self.world_size > 1:
-            self._engine.allreduce_gradients()
+        """Norm of the ranks' mean gradient. Without ZeRO nothing keeps it, and the ranks' gradients
+        are averaged only within ``step``."""
         grads = [p.grad for p in self._engine.module.parameters() if p.grad is not None]
+        if self.world_size > 1:
+            grads = [self.sum(grad.clone()) / self.world_size for grad in grads]
         return torch.nn.utils.get_total_norm(grads)
 
 
