@@ -73,7 +73,9 @@ def _prepare(teacher: Path, student: Path) -> None:
 
 
 def _save(model: object, tokenizer: object, folder: Path) -> None:
-    """Save whole or not at all."""
+    """Save whole or not at all; what an interrupted call saved stays."""
+    if folder.exists():
+        return
     folder.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=folder.parent) as name:
         draft = Path(name) / "model"

@@ -5,6 +5,7 @@ All digests are SHA-256, hex. Python's ``hash()`` is salted per process and neve
 
 import hashlib
 import json
+import secrets
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -104,7 +105,7 @@ class FileHashes:
             hashes = list(pool.map(self._of, paths))
         if self._file is not None:
             self._file.parent.mkdir(parents=True, exist_ok=True)
-            draft = self._file.with_suffix(".tmp")
+            draft = self._file.with_suffix(f".{secrets.token_hex(4)}")
             draft.write_text(json.dumps(self._known, indent=1, sort_keys=True))
             draft.replace(self._file)
         return hashes

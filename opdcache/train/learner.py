@@ -196,7 +196,10 @@ class Learner:
 
     def save(self, checkpoints: Path, position: Position) -> None:
         """Save weights, float32 masters, moments, schedule and position; older saves go after."""
-        tag = Saved(position.round, position.num_updates, self.world_size).tag
+        state = Saved(position.round, position.num_updates, self.world_size)
+        if Saved.newest(checkpoints) == state:
+            return  # writing over the only saved state could lose it
+        tag = state.tag
         with _space(checkpoints):
             self._engine.save_checkpoint(
                 str(checkpoints), tag=tag, client_state={"position": asdict(position)}
