@@ -29,7 +29,7 @@ types: setup
 	cd build/types && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache -p opdcache
 
 unit: setup
-	$(BIN)/pytest -m "not engine and not gpu"
+	$(BIN)/pytest -n 2 -m "not engine and not gpu"
 
 schemas: setup
 	$(BIN)/python -m opdcache.schemas.render schemas
