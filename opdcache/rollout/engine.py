@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import JsonValue
+from pydantic import JsonValue, ValidationError
 
-from ..errors import ConfigError, EngineError
+from ..errors import ConfigError, EngineError, PromptError
 from ..schemas.manifests import Sampling
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ class Sampler:
         arguments: more engine arguments.
 
     Raises:
-        ConfigError: vLLM does not know an argument.
+        ConfigError: vLLM does not know an argument, or it is one that this class decides.
         EngineError: the engine does not start.
     """
 
@@ -82,37 +82,56 @@ class Sampler:
         arguments: dict[str, JsonValue],
     ) -> None:
         self.topk = topk
-        self._llm = _start(
-            {
-                "model": str(folder),
-                "dtype": dtype,
-                "logprobs_mode": "processed_logprobs" if processed else "raw_logprobs",
-                "max_logprobs": max(topk, 1),
-                "disable_log_stats": True,
-                "use_tqdm_on_load": False,
-                **_cpu_arguments(),
-                **arguments,
-            }
-        )
+        own: dict[str, JsonValue] = {
+            "model": str(folder),
+            "dtype": dtype,
+            "logprobs_mode": "processed_logprobs" if processed else "raw_logprobs",
+            "max_logprobs": max(topk, 1),
+        }
+        decided = sorted(own.keys() & arguments.keys())
+        if decided:
+            raise ConfigError(
+                f"rollout.engine: {decided[0]!r} is not free",
+                remedy="it follows from student, rollout.dtype and rollout.student_topk; remove it",
+            )
+        usual = {"disable_log_stats": True, "use_tqdm_on_load": False, **_cpu_arguments()}
+        self._llm = _start({**usual, **arguments, **own})
 
     def sample(self, draws: Sequence[Draw], sampling: Sampling) -> list[Drawn]:
         """Draw every completion, as one batch of requests.
 
+        A completion ends at the latest where the engine's ``max_model_len`` does.
+
         Raises:
+            PromptError: a prompt leaves no room for a completion.
             EngineError: a request came back without its log-probs.
         """
         from vllm import SamplingParams, TokensPrompt
 
         plain = sampling.is_plain
         shared = {
-            **sampling.model_dump(exclude={"stop"}),
+            **sampling.model_dump(exclude={"stop", "max_tokens"}),
             "stop": list(sampling.stop),
             "logprobs": self.topk if plain else 0,
             "flat_logprobs": True,
         }
+        # The raw pass reads a whole completion as a prompt, and vLLM wants room for a token after.
+        room = int(self._llm.model_config.max_model_len) - (0 if plain else 1)
+        longest = max(len(draw.prompt_token_ids) for draw in draws)
+        if longest >= room:
+            raise PromptError(
+                "a prompt fills the engine's context",
+                expected=f"fewer than {room} tokens",
+                got=longest,
+                remedy="lower prompts.max_prompt_tokens or raise rollout.engine.max_model_len",
+            )
+        limits = [min(sampling.max_tokens, room - len(d.prompt_token_ids)) for d in draws]
         outputs = self._llm.generate(
             [TokensPrompt(prompt_token_ids=list(draw.prompt_token_ids)) for draw in draws],
-            [SamplingParams(**shared, seed=draw.seed) for draw in draws],
+            [
+                SamplingParams(**shared, max_tokens=limit, seed=draw.seed)
+                for draw, limit in zip(draws, limits, strict=True)
+            ],
             use_tqdm=False,
         )
         completions = [_Columns.of(o.outputs[0].logprobs, o.outputs[0].token_ids) for o in outputs]
@@ -227,6 +246,9 @@ def _start(arguments: dict[str, Any]) -> "LLM":
         )
     try:
         return LLM(**arguments)
+    except ValidationError as error:
+        reason = error.errors()[0]["msg"].removeprefix("Value error, ")
+        raise ConfigError(f"rollout.engine: {reason}") from error
     except (ValueError, RuntimeError, OSError) as error:
         reason = str(error).strip().splitlines()[-1] if str(error).strip() else repr(error)
         raise EngineError(f"vLLM does not start: {reason}", where=arguments["model"]) from error
