@@ -6,8 +6,12 @@ import sys
 
 import click
 
-from ..errors import OpdcacheError, StoreFull
+from ..errors import OpdcacheError, StoreError, StoreFull, UsageError
 from . import demo, evaluate, rollout, run, score, status, train
+
+_EXTRAS = frozenset(
+    {"torch", "transformers", "vllm", "deepspeed", "tensorboard", "matplotlib", "huggingface_hub"}
+)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -37,11 +41,22 @@ def _exit_code(arguments: list[str]) -> int:
     except (click.Abort, KeyboardInterrupt):
         click.echo("stopped", err=True)
         return 130
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] not in _EXTRAS:
             raise
+        return _report(
+            UsageError(
+                f"{error.name} is not installed",
+                remedy="pip install 'opdcache[cpu]', or 'opdcache[gpu]' where there is one",
+            )
+        )
+    except OSError as error:
         where = error.filename or os.getcwd()
-        return _report(StoreFull("no space left", where=where, remedy="free some, then run again"))
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return _report(StoreFull("no space left", where=where, remedy="free some, run again"))
+        if error.filename is None or error.strerror is None:
+            raise
+        return _report(StoreError(error.strerror, where=where))
 
 
 def _report(error: OpdcacheError) -> int:

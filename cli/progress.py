@@ -1,5 +1,6 @@
 """Progress on the screen: a bar with tokens/s and time left on a terminal, else plain lines."""
 
+import os
 import sys
 import time
 from typing import TYPE_CHECKING
@@ -16,7 +17,11 @@ _LINE_EVERY_S = 10.0
 
 
 def make_progress() -> "Progress":
-    """A bar when standard error is a terminal, lines when it is not."""
+    """A bar when standard error is a terminal, lines when it is not; one rank of many speaks."""
+    if os.environ.get("RANK", "0") != "0":
+        from ..stage import Silent
+
+        return Silent()
     return Bar() if sys.stderr.isatty() else Lines()
 
 
@@ -51,7 +56,7 @@ class Bar:
 
     def say(self, text: str) -> None:
         """Print above the bar."""
-        self._console.print(text, highlight=False)
+        self._console.print(text, highlight=False, markup=False)
 
     def end(self) -> None:
         """Leave the bar as it stands."""

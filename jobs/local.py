@@ -4,11 +4,13 @@ A stage in a process of its own gives all its memory back before the next model 
 """
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
-from ..rounds import is_done, steps
+from ..errors import StageError
+from ..rounds import steps
 from ..runfile import load_run
 from ..runfolder import RunFolder
 from ..stage import interrupts
@@ -19,7 +21,7 @@ def run(run_file: Path) -> int:
     config = load_run(run_file)
     assert config.output is not None
     folder = RunFolder(Path(config.output))
-    left = [step for step in steps(config) if not is_done(folder, step)]
+    left = [step for step in steps(config) if not folder.is_done(config, step.stage, step.round)]
     if not left:
         print(f"all {config.rounds} rounds are done, nothing to do", file=sys.stderr)
     for step in left:
@@ -33,11 +35,21 @@ def run_command(*arguments: str) -> int:
     """One ``opdcache`` command in a process of its own; its exit code.
 
     A signal that stops this process stops the command first, gracefully.
+
+    Raises:
+        StageError: a signal ended it.
     """
     command = [sys.executable, "-m", "opdcache.cli.main", *arguments]
     process = subprocess.Popen(command, env=_environment())
     with interrupts(process.terminate):
-        return process.wait()
+        code = process.wait()
+    if code < 0:
+        raise StageError(
+            f"'opdcache {arguments[0]}' was ended by {signal.Signals(-code).name}",
+            remedy="run the same command to go on"
+            + (", with smaller batches if memory ran out" if -code == signal.SIGKILL else ""),
+        )
+    return code
 
 
 def _environment() -> dict[str, str]:
