@@ -190,6 +190,7 @@ def teacher_statistics(
     *,
     k: int,
     mass: float,
+    num_ids: int | None = None,
     chunk_tokens: int = CHUNK_TOKENS,
 ) -> TeacherStats:
     """Everything that is stored of a teacher's distributions, in one pass over the head.
@@ -201,10 +202,13 @@ def teacher_statistics(
         sampled_T: int64 [T], the tokens that were sampled.
         gather_TS: int64 [T, S], more ids to look up; S may be 0.
         k: kept entries at most; fewer when the vocabulary is smaller.
+        num_ids: entries are kept among the ids below this alone, such as those that a student with
+            a smaller padded vocabulary has; the others' mass is tail. All by default.
         mass: entries are kept until they hold this mass; 1 keeps k.
     """
     weight = _matmul_ready(weight_VD)
-    k = min(k, weight_VD.shape[0])
+    num_ids = min(num_ids or weight_VD.shape[0], weight_VD.shape[0])
+    k = min(k, num_ids)
     rows = []
     for part in _chunks(hidden_TD.shape[0], chunk_tokens):
         logits_CV = _matmul(hidden_TD[part], weight.t())
@@ -212,7 +216,7 @@ def teacher_statistics(
         sampled_C = logits_CV.gather(1, sampled_T[part, None])[:, 0] - lse_C
         gathered_CS = logits_CV.gather(1, gather_TS[part])
         entropy_C = _entropy(logits_CV, lse_C)
-        top = logits_CV.topk(k, dim=1)
+        top = logits_CV[:, :num_ids].topk(k, dim=1)
         topk_CK = top.values - lse_C[:, None]
         kept_CK = _within_mass(topk_CK, mass)
         tail_C = _log_mass_without(logits_CV, top.indices, kept_CK) - lse_C

@@ -61,8 +61,12 @@ class TransformersScorer:
         self._batch_tokens = batch_tokens
 
     @torch.no_grad()
-    def score(self, sequences: Sequences, *, k: int, mass: float) -> TeacherStats:
+    def score(self, sequences: Sequences, *, k: int, mass: float, num_ids: int) -> TeacherStats:
         """Statistics of every completion token, in the order of the token axis, on the CPU.
+
+        Args:
+            k, mass: see ``teacher_statistics``.
+            num_ids: ids that student and teacher share; entries are kept among these alone.
 
         Raises:
             InvalidShard: a token id is not in the model's vocabulary.
@@ -76,6 +80,7 @@ class TransformersScorer:
                 torch.from_numpy(sequences.recorded_TS[at_T]).to(self._device),
                 k=k,
                 mass=mass,
+                num_ids=num_ids,
             )
             parts.append(stats)
             orders.append(at_T)
