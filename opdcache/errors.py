@@ -21,7 +21,8 @@
     └── StageError            OPD400  exit 1   a stage could not do its work
         ├── InputsMissing     OPD401  exit 75  an earlier stage is not done
         ├── EngineError       OPD402           an engine gave something unusable
-        └── Interrupted       OPD403  exit 75  stopped on request; run again to go on
+        ├── Interrupted       OPD403  exit 75  stopped on request; run again to go on
+        └── Held              OPD404  exit 75  another process is at it
 
 Codes are append-only. A message is one line: where, what, expected and found, what to
 do next.
@@ -190,4 +191,11 @@ class Interrupted(StageError):
     """The stage was asked to stop; the same command goes on where it stopped."""
 
     code = "OPD403"
+    exit_code = 75
+
+
+class Held(StageError):
+    """Another process is doing this work, which only one can do at a time."""
+
+    code = "OPD404"
     exit_code = 75

@@ -21,7 +21,6 @@ from pathlib import Path
 
 from ..errors import ObjectMissing, StoreError
 from ..identity import canonical_json
-from ..schemas.manifests import Kind
 from .objects import ObjectInfo, ObjectStore
 
 
@@ -77,7 +76,7 @@ class Claims:
     _seen: dict[str, tuple[str | None, float]] = field(default_factory=dict)
 
     @contextmanager
-    def hold(self, kind: Kind, key: str) -> Iterator[bool]:
+    def hold(self, kind: str, key: str) -> Iterator[bool]:
         """Hold a key's claim for the block; gives False, without waiting, when another does."""
         path = self._take(kind, key)
         if path is None:
@@ -93,7 +92,7 @@ class Claims:
             beat.join()
             self.objects.delete(path)
 
-    def _take(self, kind: Kind, key: str) -> str | None:
+    def _take(self, kind: str, key: str) -> str | None:
         base = f"claims/{kind}/{key}."
         listed = self.objects.list(f"claims/{kind}")
         held = sorted((o for o in listed if o.path.startswith(base)), key=_generation)

@@ -32,6 +32,7 @@ class Position:
 
     Attributes:
         round: round in training.
+        contents: digest of the shards that the round trains on.
         next_update: updates of the round that are done.
         num_updates: updates of the run that are done.
         num_samples, num_tokens: trained on in the round so far.
@@ -39,6 +40,7 @@ class Position:
     """
 
     round: int
+    contents: str
     next_update: int = 0
     num_updates: int = 0
     num_samples: int = 0
@@ -152,6 +154,7 @@ class Learner:
             betas=config.optimizer.betas,
             eps=config.optimizer.eps,
             weight_decay=config.optimizer.weight_decay,
+            fused=True,
         )
         scheduler = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda done: lr_factor(config.optimizer, done, total_updates)
@@ -290,14 +293,17 @@ def _init_distributed() -> None:
         deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
         return
     os.environ.setdefault("LOCAL_RANK", "0")
-    rendezvous = Path(tempfile.mkdtemp(prefix="opdcache-")) / "rendezvous"
-    deepspeed.init_distributed(
-        init_method=f"file://{rendezvous}",
-        rank=0,
-        world_size=1,
-        auto_mpi_discovery=False,
-        verbose=False,
-    )
+    # Reductions over shared memory, which DeepSpeed would compile for half a minute on a CPU, are
+    # of no use to a single rank.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    with tempfile.TemporaryDirectory(prefix="opdcache-") as folder:
+        deepspeed.init_distributed(
+            init_method=f"file://{folder}/rendezvous",
+            rank=0,
+            world_size=1,
+            auto_mpi_discovery=False,
+            verbose=False,
+        )
 
 
 def _model_state(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -1,13 +1,15 @@
 """Trains a round's student on its scored rollouts, and exports the next policy."""
 
+import os
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 
 import torch
 
 from ..errors import EngineError, InputsMissing, Interrupted, RunChanged
-from ..identity import model_fingerprint
+from ..identity import digest, model_fingerprint
 from ..runfolder import RunContext
 from ..schemas.rounds import RolloutRound, ScoreRound, TrainRound
 from ..stage import interrupts
@@ -23,6 +25,8 @@ def run(context: RunContext, round_index: int) -> TrainRound:
 
     Raises:
         InputsMissing: the round is not scored, or the learner's state is gone.
+        RunChanged: the saved state is of other shards, or of another number of ranks.
+        Held: another process trains this run.
         Interrupted: stopped on request, after a checkpoint.
         EngineError: the loss is not finite.
     """
@@ -30,6 +34,13 @@ def run(context: RunContext, round_index: int) -> TrainRound:
     if done is not None:
         context.progress.say(f"round {round_index} train: already done, nothing to do")
         return done
+    is_first = os.environ.get("RANK", "0") == "0"
+    with context.folder.alone("training") if is_first else nullcontext():
+        _train(context, round_index)
+    return context.folder.need(TrainRound, round_index)
+
+
+def _train(context: RunContext, round_index: int) -> None:
     training = _Training(context, round_index)
     position = training.updates()
     learner, folder = training.learner, context.folder
@@ -47,7 +58,6 @@ def run(context: RunContext, round_index: int) -> TrainRound:
             )
         )
     learner.barrier()
-    return folder.need(TrainRound, round_index)
 
 
 class _Training:
@@ -58,12 +68,10 @@ class _Training:
         folder = context.folder
         self._context, self._round, self._started = context, round_index, time.monotonic()
         self._loss, self._train = config.train.loss, config.train
-        self._samples = RoundSamples(
-            context.cache,
-            folder.need(RolloutRound, round_index),
-            folder.need(ScoreRound, round_index),
-            self._loss.k,
-        )
+        rollouts = folder.need(RolloutRound, round_index)
+        scores = folder.need(ScoreRound, round_index)
+        self._contents = digest([shard.content for shard in rollouts.shards])
+        self._samples = RoundSamples(context.cache, rollouts, scores, self._loss.k)
         self._order = self._samples.order(config.seed, round_index, self._train.epochs)
         self._num_updates = -(-len(self._order) // self._train.batch_samples)
         context.progress.say(f"starting DeepSpeed for {context.student(round_index).name}")
@@ -112,14 +120,14 @@ class _Training:
         found = Saved.newest(checkpoints)
         if found is None or found.round not in (self._round, self._round - 1):
             if self._round == 0:
-                return Position(self._round)
+                return Position(self._round, self._contents)
             raise InputsMissing(
                 f"the learner's state at the end of round {self._round - 1} is gone",
                 where=checkpoints,
                 remedy="restore it, or train that round again",
             )
         if found.round < self._round and self._train.fresh_optimizer:
-            return Position(self._round, num_updates=found.num_updates)
+            return Position(self._round, self._contents, num_updates=found.num_updates)
         if found.num_ranks != self.learner.world_size:
             raise RunChanged(
                 "the learner's state was saved on another number of ranks",
@@ -130,7 +138,13 @@ class _Training:
             )
         position = self.learner.load(checkpoints)
         if found.round < self._round:
-            return Position(self._round, num_updates=position.num_updates)
+            return Position(self._round, self._contents, num_updates=position.num_updates)
+        if position.contents != self._contents:
+            raise RunChanged(
+                "the learner's state was saved while training on other shards of this round",
+                where=checkpoints / found.tag,
+                remedy="restore the round's files, or give the run another output folder",
+            )
         self._context.progress.say(f"resuming after update {position.next_update}")
         return position
 
@@ -154,7 +168,9 @@ class _Training:
         size, position = self._train.batch_samples, self._position
         batch = self._order[position.next_update * size : (position.next_update + 1) * size]
         num_tokens = self._samples.num_tokens(batch)
-        if num_tokens:
+        if num_tokens == 0:
+            self._stop_agreed = self._any_rank_stops()
+        else:
             sums = self._accumulate(batch, num_tokens)
             lr = self.learner.lr
             norm = self.learner.step()
@@ -184,12 +200,9 @@ class _Training:
             self.learner.backward(losses_T.sum() * (weight / num_tokens))
             for name, value in metric_sums(self._loss, micro, student, losses_T).items():
                 totals[name] = totals.get(name, 0) + weight * value
-        # Ranks stop after the same update, whichever of them was asked to.
-        totals["num_stops"] = torch.tensor(float(self._stop), dtype=torch.float64)
-        totals = {name: value.to(self.learner.device) for name, value in totals.items()}
-        summed = self.learner.sum(torch.stack(list(totals.values())))
+        self._stop_agreed = self._any_rank_stops()
+        summed = self.learner.sum(torch.stack([v.double() for v in totals.values()]))
         sums = dict(zip(totals, summed.tolist(), strict=True))
-        self._stop_agreed = sums["num_stops"] > 0
         if not torch.isfinite(summed).all():
             raise EngineError(
                 "the loss or a statistic is not finite",
@@ -198,6 +211,11 @@ class _Training:
                 remedy="lower the learning rate, or look at that shard",
             )
         return sums
+
+    def _any_rank_stops(self) -> bool:
+        """Ranks stop after the same update, whichever of them was asked to."""
+        asked = torch.tensor(float(self._stop), device=self.learner.device)
+        return bool(self.learner.sum(asked) > 0)
 
     def _shares(self, batch: Sequence[int]) -> list[tuple[list[int], int]]:
         """This rank's micro-batches, with weight 1.
