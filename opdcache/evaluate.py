@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from .errors import ConfigError, InputsMissing
 from .heads import Divergence, divergence
 from .runfolder import RunContext, model_folder
-from .schemas.rounds import EvaluationRound, RolloutRound
+from .schemas.rounds import EvaluationRound, HeldOutRound
 from .score.transformers_scorer import Sequences, TransformersScorer
 from .store import rollouts as shards
 
@@ -23,28 +24,43 @@ ESTIMATOR = (
 
 
 def run(context: RunContext) -> list[EvaluationRound]:
-    """Evaluate every student whose held-out completions are there and that is not evaluated yet."""
+    """Evaluate every student whose held-out completions are there and that is not evaluated yet.
+
+    Raises:
+        ConfigError: the run has no evaluation.
+        InputsMissing: no student has sampled held-out prompts yet.
+    """
+    if context.config.evaluation is None:
+        raise ConfigError(
+            "the run has no evaluation", where=context.folder.path, remedy="add 'evaluation' to it"
+        )
     teacher: TransformersScorer | None = None
     made = []
     for round_index in range(context.config.rounds + 1):
         done = context.folder.find(EvaluationRound, round_index)
-        rollouts = context.folder.find(RolloutRound, round_index)
-        if done is None and rollouts is not None and rollouts.evaluation:
+        rollouts = context.folder.find(HeldOutRound, round_index)
+        if done is None and rollouts is not None:
             teacher = teacher or _model(context, model_folder(context.config.teacher))
             context.folder.write(_evaluate(context, rollouts, teacher))
             done = context.folder.need(EvaluationRound, round_index)
         if done is not None:
             made.append(done)
+    if not made:
+        raise InputsMissing(
+            "no student has sampled the held-out prompts yet",
+            where=context.folder.path,
+            remedy="run 'opdcache rollout RUN.yaml --round 0' first",
+        )
     return made
 
 
 def _evaluate(
-    context: RunContext, rollouts: RolloutRound, teacher: TransformersScorer
+    context: RunContext, rollouts: HeldOutRound, teacher: TransformersScorer
 ) -> EvaluationRound:
-    context.progress.begin(f"round {rollouts.round} evaluation", len(rollouts.evaluation), "shards")
+    context.progress.begin(f"round {rollouts.round} evaluation", len(rollouts.shards), "shards")
     student = _model(context, context.student(rollouts.round))
     parts = []
-    for shard in rollouts.evaluation:
+    for shard in rollouts.shards:
         table = context.cache.read_rollouts(context.cache.need_rollouts(shard))
         sequences = Sequences(
             shards.token_lists(table, "prompt_token_ids"),
@@ -62,7 +78,7 @@ def _evaluate(
         round=rollouts.round,
         student=rollouts.student,
         teacher=context.resolved.teacher,
-        contents=tuple(shard.content for shard in rollouts.evaluation),
+        contents=tuple(shard.content for shard in rollouts.shards),
         reverse_kl=float(reverse_kl.mean()),
         overlap=float(overlap.mean()),
         entropy_gap=float((theirs - ours).abs().mean()),

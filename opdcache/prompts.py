@@ -68,6 +68,7 @@ class Tokenizer(Protocol):
     """What is used of a transformers tokenizer."""
 
     chat_template: str | None
+    eos_token_id: int | None
 
     def get_vocab(self) -> dict[str, int]: ...
     def encode(self, text: str) -> list[int]: ...

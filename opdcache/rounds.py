@@ -4,16 +4,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from .runfolder import RunFolder
+from .runfolder import RunFolder, stage_files
 from .schemas.config import RunConfig
-from .schemas.rounds import STAGES, RolloutRound, RoundFile, ScoreRound, Stage, TrainRound
+from .schemas.rounds import STAGES, HeldOutRound, RolloutRound, ScoreRound, Stage, TrainRound
 from .store.objects import ObjectStore
-
-_FILES: dict[Stage, type[RoundFile]] = {
-    "rollout": RolloutRound,
-    "score": ScoreRound,
-    "train": TrainRound,
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,11 +53,6 @@ def steps(config: RunConfig) -> Iterator[Step]:
         yield Step(config.rounds, "rollout")
 
 
-def is_done(folder: RunFolder, step: Step) -> bool:
-    """Whether a stage's round file is written."""
-    return folder.find(_FILES[step.stage], step.round) is not None
-
-
 def status(config: RunConfig) -> list[StageStatus]:
     """Every stage of a run, from its files and the cache's commits; loads no model."""
     assert config.output is not None
@@ -72,19 +61,21 @@ def status(config: RunConfig) -> list[StageStatus]:
 
 
 def _status(folder: RunFolder, config: RunConfig, step: Step) -> StageStatus:
-    match folder.find(_FILES[step.stage], step.round):
-        case RolloutRound() as found:
-            shards = (*found.shards, *found.evaluation)
-            cached, tokens = sum(s.cached for s in shards), sum(s.num_tokens for s in shards)
-            return _done(step, "shards", len(shards), cached, tokens, found.elapsed_s)
-        case ScoreRound() as found:
+    files = [folder.find(kind, step.round) for kind in stage_files(config, step.stage, step.round)]
+    match files:
+        case [ScoreRound() as found]:
             tokens = sum(s.num_tokens for s in folder.need(RolloutRound, step.round).shards)
             cached = sum(s.cached for s in found.shards)
             return _done(step, "shards", len(found.shards), cached, tokens, found.elapsed_s)
-        case TrainRound() as found:
+        case [TrainRound() as trained]:
             updates = _num_updates(folder, config, step.round)
-            return _done(step, "updates", updates, 0, found.num_tokens, found.elapsed_s)
-    return _unfinished(folder, config, step)
+            return _done(step, "updates", updates, 0, trained.num_tokens, trained.elapsed_s)
+    sampled = [file for file in files if isinstance(file, RolloutRound | HeldOutRound)]
+    if len(sampled) < len(files):
+        return _unfinished(folder, config, step)
+    shards = [shard for file in sampled for shard in file.shards]
+    cached, tokens = sum(s.cached for s in shards), sum(s.num_tokens for s in shards)
+    return _done(step, "shards", len(shards), cached, tokens, sampled[0].elapsed_s)
 
 
 def _done(
@@ -100,7 +91,7 @@ def _unfinished(folder: RunFolder, config: RunConfig, step: Step) -> StageStatus
             return StageStatus(step, "waiting", "updates")
         total = _num_updates(folder, config, step.round)
         return StageStatus(step, "under way", "updates", logged, total)
-    plan = folder.find_plan(step.stage, step.round)
+    plan = folder.find_plan(stage_files(config, step.stage, step.round)[0], step.round)
     if plan is None:
         return StageStatus(step, "waiting")
     objects = ObjectStore(config.cache)

@@ -7,7 +7,8 @@ stages are done is read from them and from nothing else.
 import json
 import os
 import secrets
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import TypeVar
 
 from pydantic import ValidationError
 
-from .errors import InputsMissing, InvalidShard, ModelError, RunChanged, TokenizerMismatch
+from .errors import Held, InputsMissing, InvalidShard, ModelError, RunChanged, TokenizerMismatch
 from .identity import (
     FileHashes,
     digest,
@@ -31,6 +32,7 @@ from .schemas.base import Model
 from .schemas.config import ModelRef, RunConfig
 from .schemas.rounds import (
     EvaluationRound,
+    HeldOutRound,
     Resolved,
     RolloutRound,
     RoundFile,
@@ -41,16 +43,19 @@ from .schemas.rounds import (
 )
 from .stage import Progress, Worker
 from .store.cache import Cache
+from .store.claims import Claims
+from .store.objects import ObjectStore
 
 AnyFile = TypeVar("AnyFile", bound=Model)
 AnyRound = TypeVar("AnyRound", bound=RoundFile)
 _FILES: dict[type[Model], str] = {
     RolloutRound: "rollout.json",
+    HeldOutRound: "held_out.json",
     ScoreRound: "score.json",
     TrainRound: "train.json",
     EvaluationRound: "evaluation.json",
 }
-_MAY_CHANGE = ("rounds", "output", "evaluation")
+_MAY_CHANGE = ("rounds", "output")
 
 
 class RunFolder:
@@ -71,6 +76,22 @@ class RunFolder:
     def checkpoints(self) -> Path:
         """Where the learner's state is."""
         return self.path / "checkpoints"
+
+    @contextmanager
+    def alone(self, work: str) -> Iterator[None]:
+        """Be the only process on any machine that does some work on this run, for the block.
+
+        Raises:
+            Held: another process does it.
+        """
+        with Claims(ObjectStore(str(self.path))).hold("run", work) as mine:
+            if not mine:
+                raise Held(
+                    f"another process is at this run's {work}",
+                    where=self.path,
+                    remedy="wait for it, or stop it and run the same command again",
+                )
+            yield
 
     @property
     def hashes(self) -> FileHashes:
@@ -97,17 +118,26 @@ class RunFolder:
             )
         return found
 
+    def is_done(self, config: RunConfig, stage: Stage, round_index: int) -> bool:
+        """Whether a stage of a round has written its files."""
+        files = stage_files(config, stage, round_index)
+        return all(self.find(kind, round_index) is not None for kind in files)
+
     def write(self, value: RoundFile) -> None:
         """Write a round's file unless it is there: the first worker that finishes a stage does."""
         _create(self.round_path(value.round) / _FILES[type(value)], value)
 
-    def write_plan(self, stage: Stage, round_index: int, plan: StagePlan) -> None:
-        """Note what a stage sets out to make, unless an earlier call did."""
-        _create(self._plan_path(stage, round_index), plan)
+    def write_plan(self, kind: type[RoundFile], round_index: int, plan: StagePlan) -> None:
+        """Note what a stage sets out to make, unless an earlier call did.
 
-    def find_plan(self, stage: Stage, round_index: int) -> StagePlan | None:
+        Args:
+            kind: the stage's first file, see ``stage_files``.
+        """
+        _create(self._plan_path(kind, round_index), plan)
+
+    def find_plan(self, kind: type[RoundFile], round_index: int) -> StagePlan | None:
         """What a stage set out to make; None when it has not begun."""
-        return _read(StagePlan, self._plan_path(stage, round_index))
+        return _read(StagePlan, self._plan_path(kind, round_index))
 
     def metrics(self) -> list[dict[str, float]]:
         """Metrics of the updates so far; a line that a kill cut short is left out."""
@@ -122,12 +152,27 @@ class RunFolder:
         """One JSON object an update."""
         return self.path / "metrics.jsonl"
 
-    def _plan_path(self, stage: Stage, round_index: int) -> Path:
-        return self.round_path(round_index) / f"{stage}.plan.json"
+    def _plan_path(self, kind: type[RoundFile], round_index: int) -> Path:
+        return self.round_path(round_index) / _FILES[kind].replace(".json", ".plan.json")
 
     def resolved(self) -> Resolved | None:
         """What the run resolved to when it began; None when it has not begun."""
         return _read(Resolved, self.path / "resolved.json")
+
+
+def stage_files(config: RunConfig, stage: Stage, round_index: int) -> tuple[type[RoundFile], ...]:
+    """The files that a finished stage of a round has written.
+
+    The rollout stage samples the round's prompts, of which there are none after the last round,
+    and the held-out ones of an evaluation.
+    """
+    if stage == "score":
+        return (ScoreRound,)
+    if stage == "train":
+        return (TrainRound,)
+    training = (RolloutRound,) if round_index < config.rounds else ()
+    held_out = (HeldOutRound,) if config.evaluation is not None else ()
+    return (*training, *held_out)
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,10 +220,11 @@ def open_run(config: RunConfig, progress: Progress, worker: Worker) -> RunContex
         _create(folder.path / "resolved.json", now)
         began = folder.resolved()
         assert began is not None
-    for name in ("student", "teacher", "vocabulary"):
+    said = {"student": "student", "teacher": "teacher", "tokenizers": "tokenizer's files"}
+    for name, what in said.items():
         if getattr(began, name) != getattr(now, name):
             raise RunChanged(
-                f"the {name} is not the one that this run began with",
+                f"{what}: not what this run began with",
                 where=folder.path,
                 expected=getattr(began, name)[:12],
                 got=getattr(now, name)[:12],
@@ -268,20 +314,20 @@ def _shared_vocabulary(student: Path, teacher: Path) -> str:
 
 def _same(began: RunConfig, now: RunConfig, folder: RunFolder) -> None:
     """A run that is under way keeps its meaning; only what cannot change it may change."""
-    old, new = (c.model_dump(mode="json", exclude=set(_MAY_CHANGE)) for c in (began, now))
-    changed = [name for name in _flat(new) if _flat(old).get(name) != _flat(new)[name]]
+    old, new = (_flat(c.model_dump(mode="json", exclude=set(_MAY_CHANGE))) for c in (began, now))
+    changed = [name for name in {**new, **old} if old.get(name) != new.get(name)]
     if changed:
         raise RunChanged(
             f"{', '.join(changed[:3])} changed since this run began",
             where=folder.path,
-            expected=_flat(old).get(changed[0]),
-            got=_flat(new)[changed[0]],
+            expected=old.get(changed[0], "nothing"),
+            got=new.get(changed[0], "nothing"),
             remedy="restore it, or set 'output' to another folder (the cache is shared)",
         )
 
 
 def _flat(value: object, prefix: str = "") -> dict[str, object]:
-    if not isinstance(value, dict):
+    if not isinstance(value, dict) or not value:
         return {prefix: value}
     return {
         name: leaf

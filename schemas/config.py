@@ -90,7 +90,7 @@ class RolloutConfig(Model):
 class ScoreConfig(Model):
     """The score stage."""
 
-    k: int = Field(16, ge=1, description="most kept teacher entries a token")
+    k: int = Field(16, ge=1, le=65535, description="most kept teacher entries a token")
     mass: float = Field(
         1.0, gt=0, le=1, description="entries are kept until they hold this mass; 1: always k"
     )

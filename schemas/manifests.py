@@ -42,7 +42,13 @@ class RolloutIdentity(Model):
     schema_version: int = Field(SCHEMA_VERSION, description="major version of the shard format")
     student: str = Field(description="fingerprint of the policy's weights and configuration")
     vocabulary: str = Field(description="fingerprint of the token ids' meaning")
+    eos_token_id: int | None = Field(
+        description="the tokenizer's end of sequence: ends a completion"
+    )
     prompts: str = Field(description="SHA-256 of the prompts' token ids, in request order")
+    labels: str = Field(
+        description="SHA-256 of the requests' prompt id, sample index, task and answer, in order"
+    )
     seeds: str = Field(description="SHA-256 of the requests' seeds, in request order")
     num_requests: int = Field(description="completions asked for")
     sampling: Sampling = Field(description="how completions are drawn")
@@ -61,6 +67,7 @@ class ScoreIdentity(Model):
     columns: tuple[ScoreColumn, ...] = Field(description="stored columns, sorted")
     k: int = Field(description="most kept entries a token; 0 without top-k")
     mass: float = Field(description="entries are kept until they hold this mass; 1 keeps k always")
+    num_ids: int = Field(description="entries are kept among the ids below this: the shared ones")
     step: float = Field(description="quantisation step of the log-probs, nats")
 
 
@@ -73,6 +80,7 @@ class ScoreRequirement(Model):
     columns: frozenset[ScoreColumn] = Field(description="columns needed")
     k: int = Field(description="least kept entries a token")
     mass: float = Field(description="least mass threshold")
+    num_ids: int = Field(description="entries are kept among the ids below this")
     step: float = Field(description="coarsest quantisation step, nats")
 
     def served_by(self, scores: ScoreIdentity) -> frozenset[ScoreColumn]:
@@ -81,7 +89,8 @@ class ScoreRequirement(Model):
         if (scores.teacher, scores.rendering, scores.dtype) != same:
             return frozenset()
         fine = scores.step <= self.step
-        fits = {"topk": fine and scores.k >= self.k and scores.mass >= self.mass}
+        wide = scores.k >= self.k and scores.mass >= self.mass
+        fits = {"topk": fine and wide and scores.num_ids == self.num_ids}
         fits["student_topk"] = fine
         return frozenset(c for c in self.columns & set(scores.columns) if fits.get(c, True))
 

@@ -7,7 +7,14 @@ from pathlib import Path
 from .base import Model
 from .config import RunConfig
 from .manifests import RolloutManifest, ScoreManifest
-from .rounds import EvaluationRound, Resolved, RolloutRound, ScoreRound, TrainRound
+from .rounds import (
+    EvaluationRound,
+    HeldOutRound,
+    Resolved,
+    RolloutRound,
+    ScoreRound,
+    TrainRound,
+)
 
 DOCUMENTS: dict[str, type[Model]] = {
     "run": RunConfig,
@@ -15,6 +22,7 @@ DOCUMENTS: dict[str, type[Model]] = {
     "rollout-manifest": RolloutManifest,
     "score-manifest": ScoreManifest,
     "rollout-round": RolloutRound,
+    "held-out-round": HeldOutRound,
     "score-round": ScoreRound,
     "train-round": TrainRound,
     "evaluation-round": EvaluationRound,

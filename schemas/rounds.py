@@ -49,7 +49,16 @@ class RolloutRound(Model):
     round: int = Field(description="index of the round")
     student: str = Field(description="fingerprint of the policy that sampled")
     shards: tuple[RolloutShard, ...] = Field(description="training shards, in plan order")
-    evaluation: tuple[RolloutShard, ...] = Field(description="held-out shards, in plan order")
+    dropped: dict[str, int] = Field(description="prompts left out, by reason")
+    elapsed_s: float = Field(description="wall time of the worker that finished the stage")
+
+
+class HeldOutRound(Model):
+    """``rounds/NNN/held_out.json``: the same policy's completions of held-out prompts."""
+
+    round: int = Field(description="index of the round; the number of rounds for the last student")
+    student: str = Field(description="fingerprint of the policy that sampled")
+    shards: tuple[RolloutShard, ...] = Field(description="held-out shards, in plan order")
     dropped: dict[str, int] = Field(description="prompts left out, by reason")
     elapsed_s: float = Field(description="wall time of the worker that finished the stage")
 
@@ -105,4 +114,4 @@ class EvaluationRound(Model):
     tokens: int = Field(description="completion tokens, sampled anew from this round's student")
 
 
-RoundFile = RolloutRound | ScoreRound | TrainRound | EvaluationRound
+RoundFile = RolloutRound | HeldOutRound | ScoreRound | TrainRound | EvaluationRound

@@ -1,4 +1,4 @@
-"""Committed shards and rounds made from arrays, without an engine: what stages leave in a cache."""
+"""Rounds made from arrays, without an engine: what rollout and score stages leave behind."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,17 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from opdcache.identity import content_hash, key_of
 from opdcache.schemas.columns import ScoreColumn
-from opdcache.schemas.manifests import (
-    AS_SAMPLED,
-    Provenance,
-    RolloutIdentity,
-    RolloutManifest,
-    Sampling,
-    ScoreIdentity,
-    ScoreManifest,
-)
 from opdcache.schemas.rounds import (
     RolloutRound,
     RolloutShard,
@@ -24,12 +14,14 @@ from opdcache.schemas.rounds import (
     ScoreRound,
     ServedColumns,
 )
-from opdcache.store import codec, rollouts
+from opdcache.store import rollouts
 from opdcache.store.cache import Cache
-from opdcache.store.scores import GROUP, Scores, encode_scores
+from opdcache.store.scores import Scores
 
-STEP = 1 / 256
-TEACHER = "teacher"
+from . import shards
+from .shards import STEP, TEACHER
+
+__all__ = ["STEP", "TEACHER", "Row", "commit_rollouts", "commit_scores", "rounds"]
 
 
 @dataclass(frozen=True)
@@ -63,42 +55,14 @@ def commit_rollouts(cache: Cache, rows: Sequence[Row], *, name: str = "shard") -
             for i, row in enumerate(rows)
         ]
     )
-    identity = RolloutIdentity(
-        student="student",
-        vocabulary="vocabulary",
-        prompts=name,
-        seeds="seeds",
-        num_requests=len(rows),
-        sampling=Sampling(),
-        engine={},
-        student_topk=int(rows[0].recorded_ids_TS.shape[1]),
-    )
-    key = key_of(identity)
-    num_tokens = sum(len(row.completion) for row in rows)
-    attempt = cache.attempt(key)
-    attempt.put(rollouts.FILE, rollouts.encode_rollouts(table))
-    content = content_hash(table)
-    manifest = RolloutManifest(
-        key=key,
-        attempt=attempt.name,
-        objects=tuple(attempt.entries),
-        num_rows=len(rows),
-        num_tokens=num_tokens,
-        dropped={},
-        provenance=_provenance(),
-        identity=identity,
-        content=content,
-        num_prompt_tokens=sum(len(row.prompt) for row in rows),
-        vocab_size=1 << 20,
-        task="task",
-    )
-    assert cache.commit(attempt, manifest)
+    width = int(rows[0].recorded_ids_TS.shape[1])
+    manifest = shards.commit_rollouts(cache, name, table, student_topk=width)
     return RolloutShard(
-        key=key,
-        content=content,
-        task="task",
-        num_rows=len(rows),
-        num_tokens=num_tokens,
+        key=manifest.key,
+        content=manifest.content,
+        task=manifest.task,
+        num_rows=manifest.num_rows,
+        num_tokens=manifest.num_tokens,
         cached=False,
     )
 
@@ -107,36 +71,10 @@ def commit_scores(
     cache: Cache, shard: RolloutShard, scores: Scores, columns: Sequence[ScoreColumn]
 ) -> ServedColumns:
     """Commit a score set of a shard that stores exactly the columns given in ``scores``."""
-    assert scores.columns == set(columns)
-    identity = ScoreIdentity(
-        content=shard.content,
-        teacher=TEACHER,
-        rendering=AS_SAMPLED,
-        dtype="float32",
-        columns=tuple(sorted(columns)),
-        k=0 if scores.topk is None else int(scores.topk.ids.shape[1]),
-        mass=1.0,
-        step=STEP,
-    )
-    key = key_of(identity)
-    attempt = cache.attempt(key)
-    for path, data in encode_scores(scores, step=STEP, attributes={}).items():
-        attempt.put(f"{GROUP}/{path}", data)
-    manifest = ScoreManifest(
-        key=key,
-        attempt=attempt.name,
-        objects=tuple(attempt.entries),
-        num_rows=shard.num_rows,
-        num_tokens=shard.num_tokens,
-        dropped={},
-        provenance=_provenance(),
-        identity=identity,
-        rollout_key=shard.key,
-        vocab_size=1 << 20,
-        clip_floor=codec.clip_floor(STEP),
-    )
-    assert cache.commit(attempt, manifest)
-    return ServedColumns(key=key, columns=tuple(sorted(columns)))
+    rollout = cache.need_rollouts(shard)
+    k = 0 if scores.topk is None else int(scores.topk.ids.shape[1])
+    manifest = shards.commit_scores(cache, rollout, *columns, scores=scores, k=k)
+    return ServedColumns(key=manifest.key, columns=manifest.identity.columns)
 
 
 def rounds(
@@ -152,21 +90,8 @@ def rounds(
             round=round_index,
             student="student",
             shards=tuple(shards),
-            evaluation=(),
             dropped={},
             elapsed_s=0.0,
         ),
         ScoreRound(round=round_index, teacher=TEACHER, shards=listed, elapsed_s=0.0),
-    )
-
-
-def _provenance() -> Provenance:
-    return Provenance(
-        versions={},
-        host="here",
-        run_id="run",
-        created_at="2020-01-01T00:00:00+00:00",
-        elapsed_s=1.0,
-        tokens_per_s=1.0,
-        details={},
     )

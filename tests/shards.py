@@ -14,11 +14,13 @@ from opdcache.schemas.manifests import (
     ScoreIdentity,
     ScoreManifest,
 )
-from opdcache.store import rollouts
+from opdcache.store import codec, rollouts
 from opdcache.store.cache import Attempt, Cache
 from opdcache.store.scores import GROUP, Scores, StudentTopK, TopK, encode_scores
 
 TEACHER = "7" * 64
+STEP = 1 / 256
+VOCAB_SIZE = 1 << 20
 PROVENANCE = Provenance(
     versions={"opdcache": "0"},
     host="here",
@@ -53,17 +55,19 @@ def table(*completions: list[int]) -> pa.Table:
     )
 
 
-def rollout_identity(name: str = "a") -> RolloutIdentity:
+def rollout_identity(name: str = "a", student_topk: int = 2) -> RolloutIdentity:
     """An identity of its own for every name."""
     return RolloutIdentity(
         student=name,
         vocabulary="v",
+        eos_token_id=None,
         prompts="p",
+        labels="l",
         seeds="s",
         num_requests=2,
         sampling=Sampling(),
         engine={"dtype": "float32"},
-        student_topk=2,
+        student_topk=student_topk,
     )
 
 
@@ -73,6 +77,7 @@ def write_rollouts(
     """Put a rollout shard into an attempt; gives the manifest that commits it."""
     rows = table([5, 6, 7], []) if rows is None else rows
     attempt.put(rollouts.FILE, rollouts.encode_rollouts(rows))
+    prompts = rollouts.flat_tokens(rows, "prompt_token_ids", np.int32)
     return RolloutManifest(
         key=key_of(identity),
         attempt=attempt.name,
@@ -83,15 +88,17 @@ def write_rollouts(
         provenance=PROVENANCE,
         identity=identity,
         content=content_hash(rows),
-        num_prompt_tokens=2 * rows.num_rows,
-        vocab_size=100,
+        num_prompt_tokens=len(prompts),
+        vocab_size=VOCAB_SIZE,
         task="t",
     )
 
 
-def commit_rollouts(cache: Cache, name: str = "a", rows: pa.Table | None = None) -> RolloutManifest:
+def commit_rollouts(
+    cache: Cache, name: str = "a", rows: pa.Table | None = None, student_topk: int = 2
+) -> RolloutManifest:
     """A committed rollout shard."""
-    identity = rollout_identity(name)
+    identity = rollout_identity(name, student_topk)
     attempt = cache.attempt(key_of(identity))
     manifest = write_rollouts(attempt, identity, rows)
     assert cache.commit(attempt, manifest)
@@ -118,14 +125,18 @@ def commit_scores(
     cache: Cache,
     rollout: RolloutManifest,
     *columns: ScoreColumn,
+    scores: Scores | None = None,
     teacher: str = TEACHER,
     rendering: str = AS_SAMPLED,
     dtype: str = "float32",
     k: int = 4,
     mass: float = 1.0,
-    step: float = 1 / 256,
+    num_ids: int = VOCAB_SIZE,
+    step: float = STEP,
 ) -> ScoreManifest:
-    """A committed score set."""
+    """A committed score set; its scores fit the default shard unless others are given."""
+    scores = some_scores(frozenset(columns), k) if scores is None else scores
+    assert scores.columns == set(columns)
     identity = ScoreIdentity(
         content=rollout.content,
         teacher=teacher,
@@ -134,24 +145,24 @@ def commit_scores(
         columns=tuple(sorted(columns)),
         k=k,
         mass=mass,
+        num_ids=num_ids,
         step=step,
     )
     attempt = cache.attempt(key_of(identity))
-    scores = some_scores(frozenset(columns), k)
     for path, data in encode_scores(scores, step=step, attributes={}).items():
         attempt.put(f"{GROUP}/{path}", data)
     manifest = ScoreManifest(
         key=key_of(identity),
         attempt=attempt.name,
         objects=tuple(attempt.entries),
-        num_rows=2,
-        num_tokens=3,
+        num_rows=rollout.num_rows,
+        num_tokens=rollout.num_tokens,
         dropped={},
         provenance=PROVENANCE,
         identity=identity,
         rollout_key=rollout.key,
-        vocab_size=100,
-        clip_floor=-65535 * step,
+        vocab_size=VOCAB_SIZE,
+        clip_floor=codec.clip_floor(step),
     )
     assert cache.commit(attempt, manifest)
     return manifest

@@ -73,7 +73,7 @@ def scorer(folder: Path, batch_tokens: int) -> TransformersScorer:
 
 
 def score(folder: Path, batch_tokens: int, sequences: Sequences = SEQUENCES) -> TeacherStats:
-    return scorer(folder, batch_tokens).score(sequences, k=K, mass=1.0)
+    return scorer(folder, batch_tokens).score(sequences, k=K, mass=1.0, num_ids=TINY_VOCAB)
 
 
 @pytest.mark.parametrize("batch_tokens", [1, 30, 64, 10_000])

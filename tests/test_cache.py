@@ -27,6 +27,7 @@ from opdcache.store.cache import Cache, rollout_commit, score_commit
 
 from .shards import (
     TEACHER,
+    VOCAB_SIZE,
     commit_rollouts,
     commit_scores,
     rollout_identity,
@@ -50,6 +51,7 @@ def need(*columns: str, **changes: object) -> ScoreRequirement:
         "columns": columns,
         "k": 4,
         "mass": 1.0,
+        "num_ids": VOCAB_SIZE,
         "step": 1 / 256,
     }
     return ScoreRequirement.model_validate(fields | changes)

@@ -35,10 +35,11 @@ json_values = st.recursive(
 IN_ANOTHER_PROCESS = """
 from opdcache.identity import derived_seed, key_of, vocabulary_fingerprint
 from opdcache.schemas.manifests import ScoreIdentity, ScoreRequirement
-need = ScoreRequirement(teacher="t", rendering="as-sampled", dtype="float32", k=4, mass=1, step=0.1,
+need = ScoreRequirement(teacher="t", rendering="as-sampled", dtype="float32", k=4, mass=1,
+    num_ids=9, step=0.1,
     columns=["topk", "entropy", "sampled", "student_topk"])
 print(key_of(ScoreIdentity(content="c", teacher="t", rendering="as-sampled", dtype="float32", k=4,
-    mass=1, step=0.1, columns=tuple(sorted(need.columns)))))
+    mass=1, num_ids=9, step=0.1, columns=tuple(sorted(need.columns)))))
 print(derived_seed(7, 2, "prompt", 3))
 print(vocabulary_fingerprint({w: ord(w) for w in {"a", "b", "c", "d", "e"}}))
 """
@@ -53,6 +54,7 @@ def score_identity(**changes: object) -> ScoreIdentity:
         "columns": ("sampled", "topk"),
         "k": 16,
         "mass": 1.0,
+        "num_ids": 8,
         "step": 1 / 256,
     }
     return ScoreIdentity.model_validate(fields | changes)
@@ -62,7 +64,9 @@ def rollout_identity(**changes: object) -> RolloutIdentity:
     fields: dict[str, object] = {
         "student": "s" * 64,
         "vocabulary": "v" * 64,
+        "eos_token_id": 2,
         "prompts": "p" * 64,
+        "labels": "l" * 64,
         "seeds": "0" * 64,
         "num_requests": 8,
         "sampling": {},
@@ -150,6 +154,7 @@ def test_a_score_key_changes_with_every_field_of_its_identity() -> None:
         "columns": ("sampled",),
         "k": 17,
         "mass": 0.99,
+        "num_ids": 9,
         "step": 1 / 128,
     }
     assert set(changes) == set(ScoreIdentity.model_fields)
@@ -164,7 +169,9 @@ def test_a_rollout_key_changes_with_every_field_of_its_identity() -> None:
         "schema_version": 2,
         "student": "a" * 64,
         "vocabulary": "a" * 64,
+        "eos_token_id": 3,
         "prompts": "a" * 64,
+        "labels": "a" * 64,
         "seeds": "a" * 64,
         "num_requests": 9,
         "sampling": {"temperature": 0.7},

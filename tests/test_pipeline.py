@@ -15,7 +15,13 @@ import torch
 import yaml
 
 from opdcache.runfolder import RunFolder
-from opdcache.schemas.rounds import EvaluationRound, RolloutRound, ScoreRound, TrainRound
+from opdcache.schemas.rounds import (
+    EvaluationRound,
+    HeldOutRound,
+    RolloutRound,
+    ScoreRound,
+    TrainRound,
+)
 from opdcache.store.cache import Cache
 
 from .conftest import EOS_ID
@@ -95,7 +101,7 @@ def test_a_finished_run_has_every_round_file_and_students_that_differ(finished: 
     for index in range(2):
         rollouts = folder.need(RolloutRound, index)
         assert sum(s.num_rows for s in rollouts.shards) == 16
-        assert sum(s.num_rows for s in rollouts.evaluation) == 4
+        assert sum(s.num_rows for s in folder.need(HeldOutRound, index).shards) == 4
         assert len(folder.need(ScoreRound, index).shards) == len(rollouts.shards)
         trained = folder.need(TrainRound, index)
         assert trained.num_tokens == sum(s.num_tokens for s in rollouts.shards)
@@ -220,7 +226,7 @@ def test_evaluation_is_the_exact_reverse_kl(
         for path in (tiny_student, tiny_teacher)
     ]
     cache, values = Cache(str(finished / "cache")), []
-    for shard in folder.need(RolloutRound, 0).evaluation:
+    for shard in folder.need(HeldOutRound, 0).shards:
         for row in cache.read_rollouts(cache.need_rollouts(shard)).to_pylist():
             ids = torch.tensor([row["prompt_token_ids"] + row["completion_token_ids"]])
             with torch.no_grad():

@@ -5,7 +5,6 @@ engine start. One shard holds one task and is generated as one batch of requests
 """
 
 import time
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -14,15 +13,8 @@ from pathlib import Path
 from pydantic import JsonValue
 
 from ..errors import PromptError
-from ..identity import (
-    content_hash,
-    derived_seed,
-    digest,
-    key_of,
-    model_fingerprint,
-)
+from ..identity import content_hash, derived_seed, digest, key_of, model_fingerprint
 from ..prompts import (
-    Prompt,
     PromptSet,
     Request,
     Tokenizer,
@@ -31,9 +23,10 @@ from ..prompts import (
     requests,
     scheduled,
 )
-from ..runfolder import RunContext, load_tokenizer
+from ..runfolder import RunContext, load_tokenizer, stage_files
+from ..schemas.config import PromptsConfig
 from ..schemas.manifests import RolloutIdentity, RolloutManifest, Sampling
-from ..schemas.rounds import RolloutRound, RolloutShard, StagePlan
+from ..schemas.rounds import HeldOutRound, RolloutRound, RolloutShard, StagePlan
 from ..stage import give_up, interrupts, make_shards, provenance
 from ..store import rollouts as shards
 from ..store.cache import Attempt, rollout_commit
@@ -84,35 +77,44 @@ class RolloutTask:
 
 
 @dataclass(frozen=True, slots=True)
-class RolloutPlan:
-    """A round's shards in order, and what was left out."""
+class Part:
+    """Shard tasks in order, and counts of the prompts that were left out, by reason."""
 
-    student: Path
-    fingerprint: str
-    training: tuple[RolloutTask, ...]
-    evaluation: tuple[RolloutTask, ...]
+    tasks: tuple[RolloutTask, ...]
     dropped: dict[str, int]
 
 
-def run(context: RunContext, round_index: int) -> RolloutRound:
-    """Make what is missing of a round's rollouts, and write its round file.
+@dataclass(frozen=True, slots=True)
+class RolloutPlan:
+    """What a round samples from its policy, by the round file that will pin it."""
+
+    student: Path
+    fingerprint: str
+    parts: dict[type[RolloutRound] | type[HeldOutRound], Part]
+
+    @property
+    def tasks(self) -> dict[str, RolloutTask]:
+        """Every shard task by key."""
+        return {task.key: task for part in self.parts.values() for task in part.tasks}
+
+
+def run(context: RunContext, round_index: int) -> None:
+    """Make what is missing of a round's rollouts, and write its round files.
 
     Raises:
         InputsMissing: the round before has not been trained.
         PromptError: the prompts cannot be read, or none is left.
     """
-    done = context.folder.find(RolloutRound, round_index)
-    if done is not None:
+    if context.folder.is_done(context.config, "rollout", round_index):
         context.progress.say(f"round {round_index} rollout: already done, nothing to do")
-        return done
+        return
     started = time.monotonic()
     plan = plan_round(context, round_index)
-    tasks = {task.key: task for task in (*plan.training, *plan.evaluation)}
+    tasks = plan.tasks
     context.cache.pin(context.resolved.run_id, "rollouts", tasks)
     missing = tuple(rollout_commit(k) for k in tasks if context.cache.rollouts(k) is None)
-    context.folder.write_plan(
-        "rollout", round_index, StagePlan(num_shards=len(tasks), missing=missing)
-    )
+    first = stage_files(context.config, "rollout", round_index)[0]
+    context.folder.write_plan(first, round_index, StagePlan(num_shards=len(tasks), missing=missing))
     generator = _Generator(context, plan)
     context.progress.begin(f"round {round_index} rollout", len(tasks), "shards")
     try:
@@ -130,17 +132,16 @@ def run(context: RunContext, round_index: int) -> RolloutRound:
         context.progress.end()
         generator.close()
     found = context.cache.committed_rollouts(tasks)
-    context.folder.write(
-        RolloutRound(
-            round=round_index,
-            student=plan.fingerprint,
-            shards=_listed(context, found, plan.training),
-            evaluation=_listed(context, found, plan.evaluation),
-            dropped=plan.dropped,
-            elapsed_s=round(time.monotonic() - started, 3),
+    for kind, part in plan.parts.items():
+        context.folder.write(
+            kind(
+                round=round_index,
+                student=plan.fingerprint,
+                shards=_listed(context, found, part.tasks),
+                dropped=part.dropped,
+                elapsed_s=round(time.monotonic() - started, 3),
+            )
         )
-    )
-    return context.folder.need(RolloutRound, round_index)
 
 
 def plan_round(context: RunContext, round_index: int) -> RolloutPlan:
@@ -150,76 +151,73 @@ def plan_round(context: RunContext, round_index: int) -> RolloutPlan:
         InputsMissing: the round before has not been trained.
         PromptError: the prompts cannot be read, or none is left.
     """
-    config = context.config
+    config, evaluation = context.config, context.config.evaluation
     student = context.student(round_index)
     fingerprint = model_fingerprint(student, context.folder.hashes)
     tokenizer = load_tokenizer(student)
+
+    def part(prompts: PromptSet, samples: int, sampling: Sampling, seeded_round: int) -> Part:
+        asked, dropped = _requests(prompts, samples, config.prompts, tokenizer)
+        batches = _batches(asked, config.rollout.shard_samples)
+        policy = _Policy(fingerprint, tokenizer.eos_token_id, sampling)
+        return Part(tuple(_task(context, policy, b, seeded_round) for b in batches), dropped)
+
     held_out = _held_out(context)
-    training, dropped = _training_requests(context, round_index, held_out, tokenizer)
-    evaluation = config.evaluation
-
-    def tasks(asked: Sequence[Request], sampling: Sampling, seeded: int) -> tuple[RolloutTask, ...]:
-        return tuple(
-            _task(context, fingerprint, batch, sampling, seeded)
-            for batch in _batches(asked, config.rollout.shard_samples)
-        )
-
-    held: tuple[RolloutTask, ...] = ()
+    parts: dict[type[RolloutRound] | type[HeldOutRound], Part] = {}
+    if round_index < config.rounds:
+        prompts = _training_prompts(context, round_index, held_out)
+        asked = config.rollout
+        parts[RolloutRound] = part(prompts, asked.samples_per_prompt, asked.sampling, round_index)
     if evaluation is not None:
-        rendered = render(held_out, config.prompts, tokenizer)
-        asked = requests(rendered, evaluation.samples_per_prompt)
-        held = tasks(asked, evaluation.sampling, _EVALUATION_ROUND)
-    return RolloutPlan(
-        student=student,
-        fingerprint=fingerprint,
-        training=tasks(training, config.rollout.sampling, round_index),
-        evaluation=held,
-        dropped=dropped,
-    )
-
-
-def _training_requests(
-    context: RunContext, round_index: int, held_out: Sequence[Prompt], tokenizer: Tokenizer
-) -> tuple[list[Request], dict[str, int]]:
-    """The round's requests, and what was left out; none after the last round."""
-    config = context.config
-    if round_index >= config.rounds:
-        return [], {}
-    source = load_prompts(config.prompts.source)
-    kept, dropped = _without(source, {prompt.content for prompt in held_out})
-    chosen = scheduled(kept, config.prompts, config.seed, round_index)
-    rendered = render(chosen, config.prompts, tokenizer)
-    short = [r for r in rendered if len(r.token_ids) <= config.prompts.max_prompt_tokens]
-    dropped["prompt longer than max_prompt_tokens"] = len(rendered) - len(short)
-    if not short:
-        raise PromptError(
-            f"no prompt of round {round_index} is left",
-            where="prompts",
-            got=dict(+dropped),
-            remedy="raise prompts.max_prompt_tokens",
+        parts[HeldOutRound] = part(
+            held_out, evaluation.samples_per_prompt, evaluation.sampling, _EVALUATION_ROUND
         )
-    return requests(short, config.rollout.samples_per_prompt), dict(+dropped)
+    return RolloutPlan(student, fingerprint, parts)
 
 
-def _held_out(context: RunContext) -> list[Prompt]:
+def _held_out(context: RunContext) -> PromptSet:
     evaluation = context.config.evaluation
     if evaluation is None:
-        return []
-    return load_prompts(evaluation.source).prompts[: evaluation.num_prompts]
+        return PromptSet([], {})
+    listed = load_prompts(evaluation.source)
+    return PromptSet(listed.prompts[: evaluation.num_prompts], listed.dropped)
 
 
-def _without(source: PromptSet, held_out: set[str]) -> tuple[list[Prompt], Counter[str]]:
-    """Training prompts that are not held out, and counts of what was dropped."""
-    kept = [prompt for prompt in source.prompts if prompt.content not in held_out]
-    dropped = Counter(source.dropped)
-    dropped["held out for evaluation"] = len(source.prompts) - len(kept)
+def _training_prompts(context: RunContext, round_index: int, held_out: PromptSet) -> PromptSet:
+    """The round's prompts by the schedule, which walks through those that are not held out."""
+    source = load_prompts(context.config.prompts.source)
+    contents = {prompt.content for prompt in held_out.prompts}
+    kept = [prompt for prompt in source.prompts if prompt.content not in contents]
     if not kept:
         raise PromptError(
             "every prompt is held out for evaluation",
             where="prompts.source",
             remedy="evaluate on another source",
         )
-    return kept, dropped
+    chosen = scheduled(kept, context.config.prompts, context.config.seed, round_index)
+    num_held_out = len(source.prompts) - len(kept)
+    return PromptSet(chosen, source.dropped | {"held out for evaluation": num_held_out})
+
+
+def _requests(
+    prompts: PromptSet, samples_per_prompt: int, config: PromptsConfig, tokenizer: Tokenizer
+) -> tuple[list[Request], dict[str, int]]:
+    """Requests of the prompts that are short enough, and counts of what was left out."""
+    rendered = render(prompts.prompts, config, tokenizer)
+    short = [r for r in rendered if len(r.token_ids) <= config.max_prompt_tokens]
+    dropped = {
+        **prompts.dropped,
+        "prompt longer than max_prompt_tokens": len(rendered) - len(short),
+    }
+    dropped = {reason: count for reason, count in dropped.items() if count}
+    if not short:
+        raise PromptError(
+            "no prompt is left",
+            where="prompts",
+            got=dropped,
+            remedy="raise prompts.max_prompt_tokens",
+        )
+    return requests(short, samples_per_prompt), dropped
 
 
 def _batches(asked: Sequence[Request], size: int) -> list[tuple[Request, ...]]:
@@ -229,29 +227,36 @@ def _batches(asked: Sequence[Request], size: int) -> list[tuple[Request, ...]]:
     return [tuple(g[i : i + size]) for g in grouped for i in range(0, len(g), size)]
 
 
+@dataclass(frozen=True, slots=True)
+class _Policy:
+    """A student, and how it is sampled."""
+
+    fingerprint: str
+    eos_token_id: int | None
+    sampling: Sampling
+
+
 def _task(
-    context: RunContext,
-    fingerprint: str,
-    batch: tuple[Request, ...],
-    sampling: Sampling,
-    seeded_round: int,
+    context: RunContext, policy: _Policy, batch: tuple[Request, ...], seeded_round: int
 ) -> RolloutTask:
-    config = context.config
+    config, asked = context.config, [(r.rendered.prompt, r) for r in batch]
     seeds = tuple(
-        derived_seed(config.seed, seeded_round, r.rendered.prompt.prompt_id, r.sample_index)
-        for r in batch
+        derived_seed(config.seed, seeded_round, prompt.prompt_id, r.sample_index)
+        for prompt, r in asked
     )
     identity = RolloutIdentity(
-        student=fingerprint,
+        student=policy.fingerprint,
         vocabulary=context.resolved.vocabulary,
+        eos_token_id=policy.eos_token_id,
         prompts=digest([list(r.rendered.token_ids) for r in batch]),
+        labels=digest([[p.prompt_id, r.sample_index, p.task, p.answer] for p, r in asked]),
         seeds=digest(seeds),
         num_requests=len(batch),
-        sampling=sampling,
+        sampling=policy.sampling,
         engine=policy_arguments(config.rollout.dtype, config.rollout.engine),
         student_topk=config.rollout.student_topk,
     )
-    return RolloutTask(batch, seeds, sampling, identity)
+    return RolloutTask(batch, seeds, policy.sampling, identity)
 
 
 def policy_arguments(dtype: str, engine: dict[str, JsonValue]) -> dict[str, JsonValue]:
@@ -341,7 +346,7 @@ class _Generator:
         if self._sampler is None:
             config = self._context.config
             self._context.progress.say(f"starting vLLM for {self._plan.student.name}")
-            planned = (*self._plan.training, *self._plan.evaluation)
+            planned = self._plan.tasks.values()
             self._sampler = Sampler(
                 self._plan.student,
                 dtype=config.rollout.dtype,

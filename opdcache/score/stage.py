@@ -53,7 +53,7 @@ def run(context: RunContext, round_index: int) -> ScoreRound:
         if context.cache.serve(task.rollout.content, need) is None
     )
     context.folder.write_plan(
-        "score", round_index, StagePlan(num_shards=len(tasks), missing=missing)
+        ScoreRound, round_index, StagePlan(num_shards=len(tasks), missing=missing)
     )
     scorer = _Scorer(context)
     context.progress.begin(f"round {round_index} score", len(tasks), "shards")
@@ -94,6 +94,7 @@ def requirement(context: RunContext) -> ScoreRequirement:
         columns=config.score_columns,
         k=config.score.k,
         mass=config.score.mass,
+        num_ids=context.resolved.vocab_size,
         step=config.score.step,
     )
 
@@ -112,6 +113,7 @@ def plan_round(context: RunContext, rollouts: Sequence[RolloutShard]) -> list[Sc
                 columns=tuple(sorted(need.columns)),
                 k=need.k,
                 mass=need.mass,
+                num_ids=need.num_ids,
                 step=need.step,
             ),
         )
@@ -153,7 +155,12 @@ class _Scorer:
             shards.token_lists(table, "completion_token_ids"),
             recorded,
         )
-        stats = teacher.score(sequences, k=task.identity.k, mass=task.identity.mass)
+        stats = teacher.score(
+            sequences,
+            k=task.identity.k,
+            mass=task.identity.mass,
+            num_ids=task.identity.num_ids,
+        )
         scores = as_scores(sequences, stats, task.identity)
         attributes = {
             "format": "opdcache scores",
