@@ -70,21 +70,29 @@ def measure(folder: Path) -> dict[str, float]:
     }
 
 
+def parity(folder: Path, model: Path, dtype: str, num_tokens: int) -> dict[str, float]:
+    """Roll out and score a model as its own teacher, in an empty folder; see ``measure``.
+
+    Raises:
+        CalledProcessError: a stage fails.
+    """
+    # Few completions end early; half as many again are enough.
+    path = run_file(folder, model, dtype, -(-num_tokens * 3 // (2 * MAX_TOKENS)))
+    for stage in ("rollout", "score"):
+        command = [sys.executable, "-m", "opdcache.cli.main", stage, str(path), "--round", "0"]
+        subprocess.run(command, check=True)
+    return measure(folder)
+
+
 def main() -> None:
-    """Roll out, score, print one JSON object."""
+    """Print one JSON object."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--tokens", type=int, default=20_000)
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        # Few completions end early; half as many again are enough.
-        path = run_file(folder, asked.model, asked.dtype, -(-asked.tokens * 3 // (2 * MAX_TOKENS)))
-        for stage in ("rollout", "score"):
-            command = [sys.executable, "-m", "opdcache.cli.main", stage, str(path), "--round", "0"]
-            subprocess.run(command, check=True)
-        result = measure(folder)
+        result = parity(Path(name), asked.model, asked.dtype, asked.tokens)
     if result["num_tokens"] < asked.tokens:
         sys.exit(f"only {result['num_tokens']} tokens; ask for more")
     print(json.dumps({"dtype": asked.dtype, **result}))

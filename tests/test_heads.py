@@ -327,6 +327,20 @@ def test_entries_are_kept_until_they_hold_the_mass_or_the_cap_is_reached(chunk_t
     assert float(relative_errors(stats.tail_T, exact).max()) <= 1e-5
 
 
+def test_entries_are_kept_among_the_shared_ids_and_the_others_mass_is_tail() -> None:
+    hidden, weight = problem()
+    shared, k = VOCAB // 2, 4
+    stats = teacher_statistics(
+        hidden, weight, some_ids(1)[:, 0], some_ids(0), k=k, mass=1.0, num_ids=shared
+    )
+    probs = dense(hidden, weight).exp()
+    assert bool((probs.argmax(dim=1) >= shared).any())  # the cut does take likeliest ids away
+    best = probs[:, :shared].sort(dim=1, descending=True)
+    assert torch.equal(stats.topk_ids_TK, best.indices[:, :k])
+    outside = 1 - best.values[:, :k].sum(dim=1)
+    assert float(relative_errors(stats.tail_T, outside).max()) <= 1e-4
+
+
 def test_no_recorded_ids_leave_all_mass_in_their_tail() -> None:
     hidden, weight = problem()
     stats = teacher_statistics(hidden, weight, some_ids(1)[:, 0], some_ids(0), k=3, mass=1.0)

@@ -248,6 +248,30 @@ def test_a_faulty_run_file_is_one_line_with_code_and_exit_code(run_yaml: Path) -
     assert done.stderr.rstrip().endswith("[OPD101]")
 
 
+def test_a_package_that_is_not_installed_is_one_line_that_says_how_to_get_it(
+    tmp_path: Path,
+) -> None:
+    done = opdcache("demo", str(tmp_path))
+
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert "torch is not installed; pip install 'opdcache[cpu]'" in done.stderr
+
+
+def test_a_stage_that_a_signal_ended_is_named_with_the_signal(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from opdcache.errors import StageError
+    from opdcache.jobs import local
+
+    killer = tmp_path / "python"
+    killer.write_text("#!/bin/sh\nkill -KILL $$\n")
+    killer.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(killer))
+    with pytest.raises(StageError, match=r"'opdcache score' was ended by SIGKILL.*memory"):
+        local.run_command("score", "run.yaml")
+
+
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
     """A wheel built of a copy, so that the build leaves nothing in the working tree."""

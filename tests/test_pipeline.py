@@ -14,6 +14,7 @@ import pytest
 import torch
 import yaml
 
+from benchmarks.parity import parity
 from opdcache.runfolder import RunFolder
 from opdcache.schemas.rounds import (
     EvaluationRound,
@@ -292,6 +293,84 @@ def test_a_changed_sampling_distribution_is_recorded_beside_the_raw_one(
             assert token in nucleus
             kept = drawn[token] / drawn[nucleus].sum()
             assert row["sampling_logprobs"][t] == pytest.approx(float(kept.log()), abs=1e-3)
+
+
+def test_completions_end_where_the_context_does_and_keep_their_raw_logprobs(
+    finished: Path, tiny_student: Path, tiny_teacher: Path
+) -> None:
+    room = 64
+    rollout = CONFIG["rollout"] | {
+        "sampling": {"temperature": 0.7, "max_tokens": 500},
+        "engine": {"max_model_len": room},
+    }
+    run = write_run(finished, "full", tiny_student, tiny_teacher, rollout=rollout)
+    done = opdcache("rollout", run, "--round", 0)
+    assert done.returncode == 0, done.stderr
+    cache = Cache(str(finished / "cache"))
+    lengths = []
+    for shard in RunFolder(finished / "full").need(RolloutRound, 0).shards:
+        for row in cache.read_rollouts(cache.need_rollouts(shard)).to_pylist():
+            assert len(row["behavior_logprobs"]) == len(row["completion_token_ids"])
+            lengths.append(len(row["prompt_token_ids"]) + len(row["completion_token_ids"]))
+    assert max(lengths) == room - 1  # vLLM's raw pass wants room for a token
+
+
+def test_a_prompt_that_fills_the_context_is_refused_in_one_line(
+    finished: Path, tiny_student: Path, tiny_teacher: Path
+) -> None:
+    rollout = CONFIG["rollout"] | {"engine": {"max_model_len": 16}}
+    run = write_run(finished, "narrow", tiny_student, tiny_teacher, rollout=rollout)
+    done = opdcache("rollout", run, "--round", 0)
+    assert done.returncode == 2
+    assert "a prompt fills the engine's context (expected fewer than 16 tokens" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("engine", "said"),
+    [
+        ({"model": "another"}, "'model' is not free"),
+        ({"logprobs_mode": "raw_logits"}, "'logprobs_mode' is not free"),
+        ({"max_model_length": 16}, "did you mean 'max_model_len'?"),
+        ({"max_model_len": -5}, "max_model_len"),
+    ],
+)
+def test_an_engine_argument_that_cannot_be_is_refused_in_one_line(
+    finished: Path,
+    tiny_student: Path,
+    tiny_teacher: Path,
+    tmp_path: Path,
+    engine: dict[str, object],
+    said: str,
+) -> None:
+    write_prompts(tmp_path)
+    rollout = CONFIG["rollout"] | {"engine": engine}
+    run = write_run(tmp_path, "refused", tiny_student, tiny_teacher, rollout=rollout)
+    done = opdcache("rollout", run, "--round", 0)
+    assert done.returncode == 2
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert said in errors[0]
+
+
+def test_rounds_added_to_a_finished_run_are_trained(
+    finished: Path, tiny_student: Path, tiny_teacher: Path
+) -> None:
+    for rounds in (1, 2):
+        run = write_run(finished, "grown", tiny_student, tiny_teacher, rounds=rounds)
+        done = opdcache("run", run)
+        assert done.returncode == 0, done.stderr
+    grown, at_once = (RunFolder(finished / name) for name in ("grown", "first"))
+    assert grown.need(TrainRound, 1).num_samples == 16
+    assert weights(grown.student_path(2)) == weights(at_once.student_path(2))
+
+
+def test_a_model_that_is_its_own_teacher_is_at_no_distance_from_it(
+    tmp_path: Path, tiny_student: Path
+) -> None:
+    measured = parity(tmp_path, tiny_student, "bfloat16", 20_000)
+    assert measured["num_tokens"] >= 20_000
+    assert 0 < measured["reverse_kl"] < 5e-3
 
 
 def test_two_workers_share_a_stage_and_each_shard_is_committed_once(

@@ -120,6 +120,23 @@ def test_a_run_file_that_changed_since_the_run_began_is_refused(
     assert "seed changed since this run began (expected 0, got 1)" in error
 
 
+def test_a_run_folder_that_is_a_file_is_named(tmp_path: Path, base: dict[str, object]) -> None:
+    (tmp_path / "run").write_text("")
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(base))
+    done = subprocess.run(
+        [sys.executable, "-m", "opdcache.cli.main", *ROLLOUT[:1], "run.yaml", *ROLLOUT[1:]],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert str(tmp_path / "run") in errors[0]
+    assert "Traceback" not in done.stderr
+
+
 def test_an_earlier_stage_that_is_missing_asks_to_try_again(
     tmp_path: Path, base: dict[str, object]
 ) -> None:

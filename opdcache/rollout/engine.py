@@ -247,8 +247,9 @@ def _start(arguments: dict[str, Any]) -> "LLM":
     try:
         return LLM(**arguments)
     except ValidationError as error:
-        reason = error.errors()[0]["msg"].removeprefix("Value error, ")
-        raise ConfigError(f"rollout.engine: {reason}") from error
+        fault = error.errors()[0]
+        place = ".".join(["rollout.engine", *map(str, fault["loc"])])
+        raise ConfigError(f"{place}: {fault['msg'].removeprefix('Value error, ')}") from error
     except (ValueError, RuntimeError, OSError) as error:
         reason = str(error).strip().splitlines()[-1] if str(error).strip() else repr(error)
         raise EngineError(f"vLLM does not start: {reason}", where=arguments["model"]) from error

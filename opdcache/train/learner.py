@@ -296,14 +296,13 @@ def _init_distributed() -> None:
     # Reductions over shared memory, which DeepSpeed would compile for half a minute on a CPU, are
     # of no use to a single rank.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    with tempfile.TemporaryDirectory(prefix="opdcache-") as folder:
-        deepspeed.init_distributed(
-            init_method=f"file://{folder}/rendezvous",
-            rank=0,
-            world_size=1,
-            auto_mpi_discovery=False,
-            verbose=False,
-        )
+    torch.distributed.init_process_group(
+        deepspeed.accelerator.get_accelerator().communication_backend_name(),
+        store=torch.distributed.HashStore(),
+        rank=0,
+        world_size=1,
+    )
+    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
 
 
 def _model_state(state: dict[str, Tensor]) -> dict[str, Tensor]:

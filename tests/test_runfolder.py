@@ -1,0 +1,131 @@
+"""A run keeps its meaning: what may change while it is under way, and who may work on it."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from opdcache import evaluate
+from opdcache.errors import ConfigError, Held, InputsMissing, PromptError, RunChanged
+from opdcache.rollout.stage import RolloutPlan, plan_round
+from opdcache.runfolder import RunContext, RunFolder, open_run
+from opdcache.schemas.config import RunConfig
+from opdcache.schemas.rounds import HeldOutRound, RolloutRound
+from opdcache.stage import Silent, Worker
+
+SHORT, LONG = "hi", "a prompt of many more tokens than the other one has"
+
+
+@pytest.fixture
+def base(tmp_path: Path, tiny_student: Path, tiny_teacher: Path) -> dict[str, object]:
+    """A run with two prompts and a held-out one; its models are copies of its own."""
+    for name, folder in (("student", tiny_student), ("teacher", tiny_teacher)):
+        shutil.copytree(folder, tmp_path / name)
+    write_prompts(tmp_path / "prompts.jsonl", {"prompt": SHORT}, {"prompt": LONG})
+    write_prompts(tmp_path / "held-out.jsonl", {"prompt": "held out"}, {"prompt": LONG * 2})
+    source = {"type": "jsonl", "path": str(tmp_path / "held-out.jsonl")}
+    return {
+        "cache": str(tmp_path / "cache"),
+        "output": str(tmp_path / "run"),
+        "student": {"model": str(tmp_path / "student")},
+        "teacher": {"model": str(tmp_path / "teacher")},
+        "prompts": {
+            "source": {"type": "jsonl", "path": str(tmp_path / "prompts.jsonl")},
+            "per_round": 2,
+        },
+        "rollout": {"samples_per_prompt": 1, "engine": {"max_model_len": 128}},
+        "evaluation": {"source": source},
+    }
+
+
+def write_prompts(path: Path, *rows: dict[str, str]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def opened(config: dict[str, object]) -> RunContext:
+    return open_run(RunConfig.model_validate(config), Silent(), Worker())
+
+
+def planned(config: dict[str, object], round_index: int = 0) -> RolloutPlan:
+    return plan_round(opened(config), round_index)
+
+
+def test_more_rounds_may_be_asked_of_a_run_under_way(base: dict[str, object]) -> None:
+    opened(base)
+    assert opened(base | {"rounds": 5}).config.rounds == 5
+
+
+def test_a_key_that_is_taken_out_of_the_run_file_is_noticed(base: dict[str, object]) -> None:
+    opened(base)
+    with pytest.raises(RunChanged, match=r"rollout\.engine\.max_model_len changed"):
+        opened(base | {"rollout": {"samples_per_prompt": 1}})
+
+
+def test_other_held_out_prompts_are_refused_since_training_prompts_depend_on_them(
+    base: dict[str, object],
+) -> None:
+    opened(base)
+    with pytest.raises(RunChanged, match="evaluation"):
+        opened({name: part for name, part in base.items() if name != "evaluation"})
+
+
+def test_another_chat_template_under_the_same_vocabulary_is_noticed(
+    base: dict[str, object], tmp_path: Path
+) -> None:
+    opened(base)
+    file = next((tmp_path / "student").glob("chat_template*"))
+    file.write_text("another " + file.read_text())
+    with pytest.raises(RunChanged, match="tokenizer"):
+        opened(base)
+
+
+def test_only_one_process_trains_a_run(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    with folder.alone("training"):
+        with pytest.raises(Held, match="another process") as held, folder.alone("training"):
+            pass
+        assert held.value.exit_code == 75
+    with folder.alone("training"):
+        pass
+
+
+def test_a_corrected_answer_makes_another_rollout_shard(
+    base: dict[str, object], tmp_path: Path
+) -> None:
+    file = tmp_path / "prompts.jsonl"
+    keys = []
+    for answer in ("1", "2"):
+        write_prompts(file, {"prompt": SHORT, "answer": answer}, {"prompt": LONG})
+        keys.append(set(planned(base).tasks))
+    assert len(keys[0] & keys[1]) == 1  # the held-out shard
+    assert keys[0] != keys[1]
+
+
+def test_prompts_that_are_too_long_are_left_out_and_counted_held_out_ones_too(
+    base: dict[str, object],
+) -> None:
+    prompts = base["prompts"]
+    assert isinstance(prompts, dict)
+    plan = planned(base | {"prompts": prompts | {"max_prompt_tokens": 30}})
+    for kind in (RolloutRound, HeldOutRound):
+        part = plan.parts[kind]
+        assert part.dropped == {"prompt longer than max_prompt_tokens": 1}
+        assert [len(task.requests) for task in part.tasks] == [1]
+    with pytest.raises(PromptError, match=r"no prompt is left.*raise prompts\.max_prompt_tokens"):
+        planned(base | {"output": "elsewhere", "prompts": prompts | {"max_prompt_tokens": 1}})
+
+
+def test_the_last_student_samples_held_out_prompts_alone(
+    base: dict[str, object], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(RunContext, "student", lambda *_: tmp_path / "student")
+    assert list(planned(base, round_index=1).parts) == [HeldOutRound]
+
+
+def test_an_evaluation_of_nothing_is_an_error(base: dict[str, object]) -> None:
+    with pytest.raises(InputsMissing, match="opdcache rollout"):
+        evaluate.run(opened(base))
+    without = {name: part for name, part in base.items() if name != "evaluation"}
+    with pytest.raises(ConfigError, match="add 'evaluation'"):
+        evaluate.run(opened(without | {"output": base["output"] + "2"}))  # type: ignore[operator]
