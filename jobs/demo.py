@@ -1,6 +1,7 @@
 """The demo: a real teacher, a damaged copy of it as student, and an ordinary run that heals it."""
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 from importlib.resources import files
@@ -45,6 +46,8 @@ def run(folder: Path) -> int:
 
 def _prepare(teacher: Path, student: Path) -> None:
     """SmolLM2-135M-Instruct as safetensors, and a copy of it without some layers."""
+    # The bar of the conversion does not listen to transformers' switch below.
+    os.environ.setdefault("TQDM_DISABLE", "1")
     from torch import bfloat16
     from torch.nn import ModuleList
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
