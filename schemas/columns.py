@@ -89,7 +89,7 @@ SCORE_COLUMNS: tuple[ScoreColumn, ...] = ("sampled", "entropy", "topk", "student
 
 @dataclass(frozen=True, slots=True)
 class ScoreArray:
-    """One Zarr array of a score shard."""
+    """One Zarr array of a score shard; ``uint`` stands for the narrowest type that is enough."""
 
     name: str
     column: ScoreColumn | None
@@ -134,9 +134,10 @@ SCORE_ARRAYS = (
         "topk_ranks",
         "topk",
         ("token", "rank"),
-        "uint32",
+        "uint",
         "index",
-        "kept entries, likeliest first, as indexes into rank_ids; 0 past num_kept",
+        "kept entries, likeliest first, as indexes into rank_ids; 0 past num_kept; uint16 where "
+        "that is wide enough, uint32 elsewhere",
     ),
     ScoreArray(
         "rank_ids",

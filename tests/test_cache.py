@@ -186,7 +186,7 @@ def read_everything(url: str, rollout: RolloutManifest, scores: ScoreManifest) -
     if served is None:
         raise ObjectMissing("no score set")
     assert served[0][0].key == scores.key
-    cache.read_score_set(rollout.content, TEACHER, [columns for _, columns in served])
+    cache.open_score_set(rollout.content, TEACHER, [columns for _, columns in served]).read()
 
 
 def test_a_flipped_bit_in_any_file_of_a_shard_is_detected(cache: Cache) -> None:
@@ -447,7 +447,9 @@ def test_columns_can_come_from_different_sets(cache: Cache, rollout: RolloutMani
         (one.key, ("entropy",)),
         (two.key, ("topk",)),
     }
-    scores = cache.read_score_set(rollout.content, TEACHER, [columns for _, columns in served])
+    scores = cache.open_score_set(
+        rollout.content, TEACHER, [columns for _, columns in served]
+    ).read()
     assert scores.columns == {"entropy", "topk"}
     assert scores.topk is not None
     assert scores.topk.ids.shape == (3, 9)

@@ -13,12 +13,23 @@ from numpy.typing import NDArray
 from opdcache.errors import InvalidShard
 from opdcache.schemas.columns import SCORE_ARRAYS, SCORE_COLUMNS, ScoreColumn
 from opdcache.store import codec
-from opdcache.store.scores import Scores, StudentTopK, TopK, decode_scores, encode_scores
+from opdcache.store.arrays import open_arrays
+from opdcache.store.scores import (
+    CHUNK_TOKENS,
+    Scores,
+    StudentTopK,
+    TopK,
+    decode_scores,
+    encode_scores,
+    open_scores,
+)
 
 STEP = 1 / 256
 BIG_ID = 2**17 + 12_345
 QUICK = settings(max_examples=40, deadline=None)
 ALL = frozenset(SCORE_COLUMNS)
+# zarr says that pcodec is not in the specification; that is why it is an option.
+not_in_the_specification = pytest.mark.filterwarnings("ignore:Numcodecs codecs are not in")
 
 steps = st.sampled_from([1 / 1024, 1 / 256, 1 / 100, 1 / 16, 0.1])
 values = st.one_of(
@@ -82,6 +93,18 @@ def some_topk(num_tokens: int, width: int, vocab: int, seed: int = 0) -> TopK:
     return TopK(ids, logprobs, np.full(num_tokens, width, np.uint16), tail)
 
 
+def noise(num_tokens: int, width: int, vocab: int) -> TopK:
+    """Entries that descend and mean nothing."""
+    rng = np.random.default_rng(0)
+    logprobs = np.sort(rng.uniform(-20, 0, (num_tokens, width)), axis=1)[:, ::-1]
+    return TopK(
+        ids=rng.integers(vocab, size=(num_tokens, width)).astype(np.int32),
+        logprobs=logprobs.astype(np.float32),
+        num_kept=rng.integers(1, width + 1, num_tokens).astype(np.uint16),
+        tail_logprobs=rng.uniform(-5, 0, num_tokens).astype(np.float32),
+    )
+
+
 def offsets(*lengths: int) -> NDArray[np.int64]:
     return np.asarray([sum(lengths[:i]) for i in range(len(lengths) + 1)], np.int64)
 
@@ -111,7 +134,7 @@ def test_every_kept_entry_comes_back_within_half_a_step_at_any_rank(
 ) -> None:
     drops = codec.encode_descending(topk.logprobs, topk.num_kept, step)
 
-    decoded = codec.decode_descending(drops, step)
+    decoded = codec.decode_descending(drops.T, step).T
 
     for t, kept in enumerate(topk.num_kept):
         for j in range(int(kept)):
@@ -123,7 +146,7 @@ def test_every_kept_entry_comes_back_within_half_a_step_at_any_rank(
 def test_every_kept_id_comes_back_exactly(topk: TopK) -> None:
     ranks, rank_ids = codec.encode_ids(topk.ids, topk.num_kept)
 
-    decoded = codec.decode_ids(ranks, rank_ids)
+    decoded = codec.decode_ids(ranks, rank_ids.astype(np.int32))
 
     for t, kept in enumerate(topk.num_kept):
         assert decoded[t, :kept].tolist() == topk.ids[t, :kept].tolist()
@@ -224,12 +247,12 @@ def test_entries_below_the_floor_are_ties_at_the_floor() -> None:
 
     drops = codec.encode_descending(logprobs, np.asarray([3], np.uint16), 1.0)
 
-    assert codec.decode_descending(drops, 1.0).tolist() == [[-1.0, -65535.0, -65535.0]]
+    assert codec.decode_descending(drops.T, 1.0).T.tolist() == [[-1.0, -65535.0, -65535.0]]
 
 
 def test_a_rank_outside_the_table_is_refused() -> None:
     with pytest.raises(InvalidShard, match="not in rank_ids"):
-        codec.decode_ids(np.asarray([[0, 2]], np.uint32), np.asarray([7, 8], np.uint32))
+        codec.decode_ids(np.asarray([[0, 2]], np.uint32), np.asarray([7, 8], np.int32))
 
 
 def test_roundings_do_not_add_up_over_512_entries() -> None:
@@ -237,7 +260,7 @@ def test_roundings_do_not_add_up_over_512_entries() -> None:
 
     drops = codec.encode_descending(topk.logprobs, topk.num_kept, STEP)
 
-    worst = np.abs(codec.decode_descending(drops, STEP) - topk.logprobs).max()
+    worst = np.abs(codec.decode_descending(drops.T, STEP).T - topk.logprobs).max()
     assert STEP / 4 < worst <= STEP / 2 * (1 + 1e-3)
 
 
@@ -295,6 +318,72 @@ def test_tokens_of_several_chunks_keep_their_places() -> None:
     got = round_trip(Scores(offsets(num_tokens), sampled_logprobs=sampled))
 
     np.testing.assert_array_equal(got.sampled_logprobs, sampled)
+
+
+@not_in_the_specification
+@pytest.mark.parametrize("pcodec", [False, True])
+def test_consecutive_completions_are_read_alone_wherever_their_chunks_are(pcodec: bool) -> None:
+    lengths = [5, 0, CHUNK_TOKENS, 3, 2 * CHUNK_TOKENS, 1]
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    scores = Scores(token_offsets=offsets, topk=noise(int(offsets[-1]), 3, vocab=50))
+    objects = encode_scores(scores, step=STEP, attributes={}, pcodec=pcodec)
+    opened = open_scores(objects)
+    whole = opened.read(ALL).topk
+    assert whole is not None
+    for first, last in [(0, 1), (1, 2), (2, 4), (3, 5), (5, 6), (0, 6)]:
+        part = opened.read(ALL, slice(first, last))
+        tokens = slice(int(offsets[first]), int(offsets[last]))
+        assert part.token_offsets.tolist() == (offsets[first : last + 1] - offsets[first]).tolist()
+        assert part.topk is not None
+        for name in ("ids", "logprobs", "num_kept", "tail_logprobs"):
+            expected = getattr(whole, name)[tokens]
+            assert np.array_equal(getattr(part.topk, name), expected), (name, first)
+
+
+def test_a_shard_of_zeros_alone_round_trips_though_zarr_stores_no_chunk_of_them() -> None:
+    num_tokens = 4
+    topk = TopK(
+        ids=np.full((num_tokens, 1), 9, np.int32),
+        logprobs=np.zeros((num_tokens, 1), np.float32),
+        num_kept=np.ones(num_tokens, np.uint16),
+        tail_logprobs=np.zeros(num_tokens, np.float32),
+    )
+    scores = Scores(token_offsets=np.asarray([0, num_tokens]), topk=topk)
+    objects = encode_scores(scores, step=STEP, attributes={})
+    assert not [path for path in objects if path.startswith("topk_ranks/c")]
+    decoded = decode_scores(objects, ALL).topk
+    assert decoded is not None
+    for name in TopK.__slots__:
+        assert np.array_equal(getattr(decoded, name), getattr(topk, name)), name
+
+
+@not_in_the_specification
+@pytest.mark.parametrize("pcodec", [False, True])
+def test_the_reader_gives_what_zarr_gives(tmp_path: Path, pcodec: bool) -> None:
+    offsets = np.asarray([0, 7, 2 * CHUNK_TOKENS + 7])
+    scores = Scores(token_offsets=offsets, topk=noise(int(offsets[-1]), 5, vocab=200_000))
+    for path, data in encode_scores(scores, step=STEP, attributes={}, pcodec=pcodec).items():
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_bytes(data)
+    objects = {
+        str(f.relative_to(tmp_path)): f.read_bytes() for f in tmp_path.rglob("*") if f.is_file()
+    }
+    _, arrays = open_arrays(objects)
+    group = zarr.open_group(tmp_path, mode="r")
+    assert set(arrays) == set(group.array_keys())
+    for name, array in group.arrays():
+        ours = arrays[name].read(0, array.shape[0])
+        assert ours.dtype == array.dtype
+        assert np.array_equal(ours.T, array[:])
+
+
+def test_objects_that_are_no_score_shard_are_refused() -> None:
+    objects = encode_scores(Scores(token_offsets=np.asarray([0])), step=STEP, attributes={})
+    for path in ("zarr.json", "token_offsets/zarr.json"):
+        with pytest.raises(InvalidShard):
+            open_scores({name: data for name, data in objects.items() if name != path})
+        with pytest.raises(InvalidShard):
+            open_scores(objects | {path: b"{}"})
 
 
 def test_only_the_asked_for_columns_are_decoded() -> None:

@@ -29,7 +29,7 @@ from ..schemas.manifests import RolloutIdentity, RolloutManifest, Sampling
 from ..schemas.rounds import HeldOutRound, RolloutRound, RolloutShard, StagePlan
 from ..stage import give_up, interrupts, make_shards, provenance
 from ..store import rollouts as shards
-from ..store.cache import Attempt, rollout_commit
+from ..store.cache import Attempt, as_listed, rollout_commit
 from .engine import Draw, Sampler
 
 _EVALUATION_ROUND = -1
@@ -268,14 +268,7 @@ def _listed(
     context: RunContext, found: dict[str, RolloutManifest], tasks: Sequence[RolloutTask]
 ) -> tuple[RolloutShard, ...]:
     return tuple(
-        RolloutShard(
-            key=manifest.key,
-            content=manifest.content,
-            task=manifest.task,
-            num_rows=manifest.num_rows,
-            num_tokens=manifest.num_tokens,
-            cached=manifest.provenance.run_id != context.resolved.run_id,
-        )
+        as_listed(manifest, cached=manifest.provenance.run_id != context.resolved.run_id)
         for manifest in (found[task.key] for task in tasks)
     )
 

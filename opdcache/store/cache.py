@@ -14,6 +14,7 @@ import json
 import secrets
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import TypeVar
 
 import pyarrow as pa
@@ -60,6 +61,23 @@ class Attempt:
         """Delete what was stored."""
         for entry in self.entries:
             self._objects.delete(f"{self._prefix}/{entry.path}")
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreSet:
+    """Score sets of one rollout shard that together give what is read, objects at hand."""
+
+    parts: tuple[tuple[frozenset[ScoreColumn], scores.OpenScores], ...]
+
+    def read(self, rows: slice | None = None) -> scores.Scores:
+        """Every part's columns, of all completions or of consecutive ones."""
+        read = [opened.read(columns, rows) for columns, opened in self.parts]
+        whole: dict[str, object] = {}
+        for part in read:
+            for name in scores.Scores.__slots__:
+                if (value := getattr(part, name)) is not None:
+                    whole.setdefault(name, value)
+        return scores.Scores(**whole)  # type: ignore[arg-type]
 
 
 class Cache:
@@ -147,34 +165,38 @@ class Cache:
             )
         return table
 
-    def read_scores(self, manifest: ScoreManifest, columns: Iterable[ScoreColumn]) -> scores.Scores:
-        """The shard's scores, checked against its manifest.
+    def open_scores(self, manifest: ScoreManifest) -> scores.OpenScores:
+        """The shard's scores, its objects read and checked against its manifest.
 
         Raises:
             ObjectMissing, ChecksumMismatch, InvalidShard: it is not what was committed.
         """
         prefix = f"{scores.GROUP}/"
         objects = {p.removeprefix(prefix): d for p, d in self._objects_of(manifest).items()}
-        decoded = scores.decode_scores(objects, frozenset(columns))
-        if int(decoded.token_offsets[-1]) != manifest.num_tokens:
+        opened = scores.open_scores(objects)
+        if int(opened.token_offsets[-1]) != manifest.num_tokens:
             raise InvalidShard(
                 "token count differs from the manifest's",
                 where=self.objects.at(_commit_path(manifest)),
                 expected=manifest.num_tokens,
-                got=int(decoded.token_offsets[-1]),
+                got=int(opened.token_offsets[-1]),
                 remedy=_REMEDY,
             )
-        return decoded
+        return opened
 
-    def read_score_set(
+    def read_scores(self, manifest: ScoreManifest, columns: Iterable[ScoreColumn]) -> scores.Scores:
+        """The shard's scores, decoded; see ``open_scores``."""
+        return self.open_scores(manifest).read(frozenset(columns))
+
+    def open_score_set(
         self, content: str, teacher: str, served: Iterable[ServedColumns]
-    ) -> scores.Scores:
-        """Scores put together from the sets that a round pinned.
+    ) -> ScoreSet:
+        """The score sets that a round pinned, objects read and checked.
 
         Raises:
             ObjectMissing, ChecksumMismatch, InvalidShard: a set is not what was committed.
         """
-        parts: dict[str, object] = {}
+        parts = []
         for item in served:
             path = score_commit(content, teacher, item.key)
             manifest = self._load(path, ScoreManifest)
@@ -184,12 +206,25 @@ class Cache:
                     where=self.objects.at(path),
                     remedy="run the score stage again",
                 )
-            decoded = self.read_scores(manifest, item.columns)
-            for name in scores.Scores.__dataclass_fields__:
-                value = getattr(decoded, name)
-                if value is not None:
-                    parts.setdefault(name, value)
-        return scores.Scores(**parts)  # type: ignore[arg-type]
+            parts.append((frozenset(item.columns), self.open_scores(manifest)))
+        return ScoreSet(tuple(parts))
+
+    def scored_by(
+        self, teacher: str, columns: frozenset[ScoreColumn]
+    ) -> list[tuple[RolloutShard, tuple[ServedColumns, ...]]]:
+        """Rollout shards that one committed set of a teacher serves these columns of, by key."""
+        found = {}
+        for info in self.objects.list("commits/scores"):
+            if info.path.split("/")[-2] != teacher:
+                continue
+            manifest = self._load(info.path, ScoreManifest)
+            if manifest is None or not columns <= set(manifest.identity.columns):
+                continue
+            rollout = self.rollouts(manifest.rollout_key)
+            if rollout is not None and rollout.content == manifest.identity.content:
+                served = ServedColumns(key=manifest.key, columns=tuple(sorted(columns)))
+                found[rollout.key] = (as_listed(rollout, cached=True), (served,))
+        return [found[key] for key in sorted(found)]
 
     def attempt(self, key: str) -> Attempt:
         """A new attempt at a shard."""
@@ -287,6 +322,18 @@ class Cache:
                 remedy=_REMEDY,
             )
         return entry.path, data
+
+
+def as_listed(manifest: RolloutManifest, *, cached: bool) -> RolloutShard:
+    """A rollout shard as round files list it."""
+    return RolloutShard(
+        key=manifest.key,
+        content=manifest.content,
+        task=manifest.task,
+        num_rows=manifest.num_rows,
+        num_tokens=manifest.num_tokens,
+        cached=cached,
+    )
 
 
 def _data_prefix(key: str, attempt: str) -> str:

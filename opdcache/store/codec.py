@@ -9,6 +9,8 @@ common ones small.
 Legend: T tokens, K kept entries a token.
 """
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -59,16 +61,31 @@ def encode_descending(
     return drops_TK.astype(np.uint16)
 
 
-def decode_descending(drops_TK: NDArray[np.uint16], step: float) -> Floats:
-    """Inverse of ``encode_descending``; past ``num_kept`` the last kept value stands again."""
-    multiples_TK = np.cumsum(drops_TK, axis=1, dtype=np.int32)
-    return multiples_TK.astype(np.float32) * np.float32(-step)
+def decode_descending(
+    drops_KT: NDArray[np.uint16], step: float, out: Floats | None = None
+) -> Floats:
+    """Inverse of ``encode_descending``, rank by rank; past ``num_kept`` the last kept value stands.
+
+    Sums of drops are whole numbers below 2**16, which float32 holds exactly.
+
+    Args:
+        drops_KT: uint16 [K, T].
+        out: float32 [K, T] to fill and return.
+    """
+    filled = np.empty(drops_KT.shape, np.float32) if out is None else out
+    above: Floats | np.float32 = np.float32(0)
+    for rank_T, drops_T in zip(filled, drops_KT, strict=True):
+        above = np.add(above, drops_T, out=rank_T, dtype=np.float32)
+    filled *= np.float32(-step)
+    return filled
 
 
 def encode_ids(
     ids_TK: Ints, num_kept: NDArray[np.uint16]
-) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
+) -> tuple[NDArray[np.unsignedinteger[Any]], NDArray[np.uint32]]:
     """Kept ids as (ranks [T, K], rank_ids [distinct]): ``ids = rank_ids[ranks]``.
+
+    Ranks are uint16 when that is wide enough, uint32 otherwise.
 
     ``rank_ids`` holds every kept id, most frequent first, ties by id. Ranks past
     ``num_kept`` are 0.
@@ -78,24 +95,24 @@ def encode_ids(
     order = np.lexsort((distinct, -counts))
     rank_of = np.empty(len(order), np.uint32)
     rank_of[order] = np.arange(len(order), dtype=np.uint32)
-    ranks_TK = np.zeros(ids_TK.shape, np.uint32)
+    width = np.uint16 if len(order) <= 2**16 else np.uint32
+    ranks_TK = np.zeros(ids_TK.shape, width)
     ranks_TK[kept_TK] = rank_of[inverse]
     return ranks_TK, distinct[order].astype(np.uint32)
 
 
-def decode_ids(ranks_TK: NDArray[np.uint32], rank_ids: NDArray[np.uint32]) -> Ints:
-    """Inverse of ``encode_ids``; past ``num_kept`` an arbitrary valid id stands.
+def decode_ids(ranks: NDArray[np.unsignedinteger[Any]], rank_ids: Ints) -> Ints:
+    """Inverse of ``encode_ids``, whatever the shape; past ``num_kept`` any valid id stands.
 
     Raises:
         InvalidShard: a rank is not in the table.
     """
-    if ranks_TK.size == 0:
-        return ranks_TK.astype(np.int32)
     if len(rank_ids) == 0:
-        rank_ids = np.zeros(1, np.uint32)
-    if ranks_TK.max() >= len(rank_ids):
-        raise InvalidShard("a rank is not in rank_ids", expected=f"< {len(rank_ids)}")
-    return np.take(rank_ids.astype(np.int32), ranks_TK)
+        rank_ids = np.zeros(1, np.int32)
+    try:
+        return rank_ids.take(ranks)
+    except IndexError as error:
+        raise InvalidShard("a rank is not in rank_ids", expected=f"< {len(rank_ids)}") from error
 
 
 def kept_mask(num_kept: NDArray[np.uint16], width: int) -> NDArray[np.bool_]:

@@ -5,6 +5,7 @@ alike: put, exclusive create, get, list, delete. Everything above speaks of path
 meets errors of ``opdcache.errors`` only.
 """
 
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -50,6 +51,7 @@ class ObjectStore:
             StoreError: the URL is of no known kind, or the folder cannot be made.
         """
         self.url = url
+        self._pid = os.getpid()
         with _errors(url):
             if url.startswith("memory://"):
                 self._store: obstore.store.ObjectStore = MemoryStore()
@@ -61,12 +63,12 @@ class ObjectStore:
 
     def put(self, path: str, data: bytes) -> None:
         """Write an object whole, replacing what is there."""
-        with _errors(self.at(path)):
+        with self._access(path):
             obstore.put(self._store, path, data)
 
     def create(self, path: str, data: bytes) -> bool:
         """Write an object if there is none; False when there is one. Atomic on every store."""
-        with _errors(self.at(path)):
+        with self._access(path):
             try:
                 obstore.put(self._store, path, data, mode="create")
             except AlreadyExistsError:
@@ -79,30 +81,46 @@ class ObjectStore:
         Raises:
             ObjectMissing: it is not there.
         """
-        with _errors(self.at(path)):
+        with self._access(path):
             return bytes(obstore.get(self._store, path).bytes())
 
     def info(self, path: str) -> ObjectInfo | None:
         """What the store says of an object; None when there is none."""
         try:
-            with _errors(self.at(path)):
+            with self._access(path):
                 return _info(obstore.head(self._store, path))
         except ObjectMissing:
             return None
 
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
         """Objects whose path is below ``prefix``, a folder; in no order."""
-        with _errors(self.at(prefix)):
+        with self._access(prefix):
             for batch in obstore.list(self._store, prefix.rstrip("/")):
                 yield from map(_info, batch)
 
     def delete(self, path: str) -> None:
         """Remove an object; nothing happens when there is none."""
         try:
-            with _errors(self.at(path)):
+            with self._access(path):
                 obstore.delete(self._store, path)
         except ObjectMissing:
             return
+
+    @contextmanager
+    def _access(self, path: str) -> Iterator[None]:
+        """An operation on a path. The client's threads do not survive a fork: it would never end.
+
+        Raises:
+            StoreError: this process was forked from the one that opened the store.
+        """
+        if os.getpid() != self._pid:
+            raise StoreError(
+                "a forked process cannot use its parent's store",
+                where=self.at(path),
+                remedy="start workers afresh: DataLoader(..., multiprocessing_context='spawn')",
+            )
+        with _errors(self.at(path)):
+            yield
 
     def at(self, path: str) -> str:
         """Where an object is, for people."""

@@ -6,17 +6,20 @@ stored, and ``zarr.open_group`` reads it without this package. ``docs/format.md`
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import zarr
 from numpy.typing import NDArray
 from zarr.abc.buffer import Buffer
-from zarr.buffer import cpu
 from zarr.codecs import BloscCodec, BloscShuffle, TransposeCodec
+from zarr.codecs.numcodecs import PCodec
 from zarr.storage import MemoryStore
 
-from ..schemas.columns import ScoreArray, ScoreColumn, score_arrays
+from ..errors import InvalidShard
+from ..schemas.columns import SCORE_ARRAYS, ScoreArray, ScoreColumn, score_arrays
 from . import codec
+from .arrays import StoredArray, open_arrays
 
 GROUP = "scores.zarr"
 CHUNK_TOKENS = 16384
@@ -112,6 +115,18 @@ class Scores:
     topk: TopK | None = None
     student_topk: StudentTopK | None = None
 
+    def rows(self, start: int, stop: int) -> "Scores":
+        """The scores of completions ``start:stop``; views, not copies."""
+        offsets = self.token_offsets[start : stop + 1]
+        tokens = slice(int(offsets[0]), int(offsets[-1]))
+        return Scores(
+            token_offsets=offsets - offsets[0],
+            sampled_logprobs=None if (s := self.sampled_logprobs) is None else s[tokens],
+            entropy=None if (e := self.entropy) is None else e[tokens],
+            topk=None if self.topk is None else self.topk.at(tokens),
+            student_topk=None if self.student_topk is None else self.student_topk.at(tokens),
+        )
+
     @property
     def columns(self) -> frozenset[ScoreColumn]:
         """Which columns are here."""
@@ -125,9 +140,16 @@ class Scores:
 
 
 def encode_scores(
-    scores: Scores, *, step: float, attributes: Mapping[str, object]
+    scores: Scores, *, step: float, attributes: Mapping[str, object], pcodec: bool = False
 ) -> dict[str, bytes]:
-    """The group's objects by path below ``scores.zarr/``."""
+    """The group's objects by path below ``scores.zarr/``.
+
+    Args:
+        step: quantisation step, nats.
+        attributes: more attributes of the group.
+        pcodec: compress two-dimensional arrays with pcodec, which is smaller, and which a reader
+            without numcodecs and the ``pcodec`` package cannot read; Blosc otherwise.
+    """
     encoded: dict[str, Buffer] = {}
     group = zarr.create_group(
         MemoryStore(encoded),
@@ -135,7 +157,7 @@ def encode_scores(
     )
     values = _to_arrays(scores, step)
     for spec in score_arrays(scores.columns):
-        _write(group, spec, values[spec.name])
+        _write(group, spec, values[spec.name], pcodec)
     return {path: buffer.to_bytes() for path, buffer in encoded.items()}
 
 
@@ -158,12 +180,19 @@ def _to_arrays(scores: Scores, step: float) -> dict[str, NDArray[np.generic]]:
     return arrays
 
 
-def _write(group: zarr.Group, spec: ScoreArray, values: NDArray[np.generic]) -> None:
+def _write(group: zarr.Group, spec: ScoreArray, values: NDArray[np.generic], pcodec: bool) -> None:
     """One array: chunks of tokens inside a single object, two-dimensional ones rank by rank."""
-    dtype = np.dtype(spec.dtype)
+    dtype = np.dtype(spec.dtype) if spec.dtype != "uint" else values.dtype
     length, rest = values.shape[0], values.shape[1:]
     chunk = max(1, min(CHUNK_TOKENS, length))
     whole = -(-max(length, 1) // chunk) * chunk
+    how: dict[str, Any] = {
+        "compressors": BloscCodec(
+            cname="zstd", clevel=5, shuffle=BloscShuffle.bitshuffle, typesize=dtype.itemsize
+        )
+    }
+    if pcodec and rest:
+        how = {"compressors": None, "serializer": PCodec()}
     array = group.create_array(
         spec.name,
         shape=values.shape,
@@ -171,14 +200,110 @@ def _write(group: zarr.Group, spec: ScoreArray, values: NDArray[np.generic]) -> 
         chunks=(chunk, *(max(1, n) for n in rest)),
         shards=(whole, *(max(1, n) for n in rest)),
         filters=[TransposeCodec(order=(1, 0))] if rest else None,
-        compressors=BloscCodec(
-            cname="zstd", clevel=5, shuffle=BloscShuffle.bitshuffle, typesize=dtype.itemsize
-        ),
         fill_value=0,
         dimension_names=spec.dims,
         attributes={"unit": spec.unit, "description": spec.description},
+        **how,
     )
     array[...] = values.astype(dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class OpenScores:
+    """A score shard whose objects are at hand; what is asked for is decoded when it is.
+
+    Attributes:
+        attributes: of the group.
+        token_offsets: int64 [N + 1].
+    """
+
+    attributes: Mapping[str, Any]
+    token_offsets: NDArray[np.int64]
+    _arrays: Mapping[str, StoredArray]
+    _rank_ids: codec.Ints
+
+    def read(self, columns: frozenset[ScoreColumn], rows: slice | None = None) -> Scores:
+        """The asked-for columns that the shard holds, of all completions or of consecutive ones.
+
+        Only the chunks that hold the completions' tokens are decoded.
+
+        Args:
+            rows: completions, ``start`` and ``stop`` given; all by default.
+        """
+        rows = rows or slice(0, len(self.token_offsets) - 1)
+        offsets = self.token_offsets[rows.start : rows.stop + 1]
+        start, stop = int(offsets[0]), int(offsets[-1])
+        have = {spec.column for spec in SCORE_ARRAYS if spec.name in self._arrays} & columns
+        topk = student = None
+        if "topk" in have:
+            topk = TopK(
+                ids=self._ids(start, stop),
+                logprobs=self._descending(start, stop),
+                num_kept=self._arrays["num_kept"].read(start, stop),
+                tail_logprobs=self._floats("tail_logprobs", start, stop),
+            )
+        if "student_topk" in have:
+            steps = self._arrays["student_topk_steps"].read(start, stop)
+            student = StudentTopK(
+                logprobs=codec.decode_logprobs(steps, self.step).T,
+                tail_logprobs=self._floats("student_tail_logprobs", start, stop),
+            )
+        return Scores(
+            token_offsets=offsets - start,
+            sampled_logprobs=(
+                self._floats("sampled_logprobs", start, stop) if "sampled" in have else None
+            ),
+            entropy=self._floats("entropy", start, stop) if "entropy" in have else None,
+            topk=topk,
+            student_topk=student,
+        )
+
+    @property
+    def step(self) -> float:
+        """Quantisation step, nats."""
+        return float(self.attributes["step"])
+
+    def _floats(self, name: str, start: int, stop: int) -> codec.Floats:
+        return self._arrays[name].read(start, stop).astype(np.float32)
+
+    def _ids(self, start: int, stop: int) -> codec.Ints:
+        """[T, K], laid out rank by rank."""
+        ranks = self._arrays["topk_ranks"]
+        ids_KT = np.empty((ranks.shape[1], stop - start), np.int32)
+        for place, ranks_KC in ranks.chunks(start, stop):
+            ids_KT[:, place] = codec.decode_ids(ranks_KC, self._rank_ids)
+        return ids_KT.T
+
+    def _descending(self, start: int, stop: int) -> codec.Floats:
+        """[T, K], laid out rank by rank."""
+        drops = self._arrays["topk_steps"]
+        logprobs_KT = np.empty((drops.shape[1], stop - start), np.float32)
+        for place, drops_KC in drops.chunks(start, stop):
+            codec.decode_descending(drops_KC, self.step, out=logprobs_KT[:, place])
+        return logprobs_KT.T
+
+
+def open_scores(objects: Mapping[str, bytes]) -> OpenScores:
+    """Open a shard from its objects, by path below ``scores.zarr/``.
+
+    Raises:
+        InvalidShard: they are no score shard.
+    """
+    attributes, arrays = open_arrays(objects)
+
+    def whole(name: str) -> NDArray[Any]:
+        return arrays[name].read(0, arrays[name].shape[0])
+
+    try:
+        rank_ids = whole("rank_ids").astype(np.int32) if "rank_ids" in arrays else None
+        return OpenScores(
+            attributes,
+            whole("token_offsets").astype(np.int64),
+            arrays,
+            np.zeros(0, np.int32) if rank_ids is None else rank_ids,
+        )
+    except (KeyError, ValueError, RuntimeError) as error:
+        raise InvalidShard(f"not a score shard: {error!r}") from error
 
 
 def decode_scores(objects: Mapping[str, bytes], columns: frozenset[ScoreColumn]) -> Scores:
@@ -188,32 +313,4 @@ def decode_scores(objects: Mapping[str, bytes], columns: frozenset[ScoreColumn])
         objects: the group's objects by path below ``scores.zarr/``.
         columns: columns to decode.
     """
-    encoded: dict[str, Buffer] = {p: cpu.Buffer.from_bytes(data) for p, data in objects.items()}
-    group = zarr.open_group(MemoryStore(encoded, read_only=True), mode="r")
-    step = float(str(group.attrs["step"]))
-    wanted = {spec.name for spec in score_arrays(columns)}
-    arrays = {name: np.asarray(array[:]) for name, array in group.arrays() if name in wanted}
-
-    def floats(name: str) -> codec.Floats | None:
-        return arrays[name].astype(np.float32) if name in arrays else None
-
-    topk = student = None
-    if "topk_steps" in arrays:
-        topk = TopK(
-            ids=codec.decode_ids(arrays["topk_ranks"], arrays["rank_ids"]),
-            logprobs=codec.decode_descending(arrays["topk_steps"], step),
-            num_kept=arrays["num_kept"],
-            tail_logprobs=arrays["tail_logprobs"].astype(np.float32),
-        )
-    if "student_topk_steps" in arrays:
-        student = StudentTopK(
-            logprobs=codec.decode_logprobs(arrays["student_topk_steps"], step),
-            tail_logprobs=arrays["student_tail_logprobs"].astype(np.float32),
-        )
-    return Scores(
-        token_offsets=arrays["token_offsets"],
-        sampled_logprobs=floats("sampled_logprobs"),
-        entropy=floats("entropy"),
-        topk=topk,
-        student_topk=student,
-    )
+    return open_scores(objects).read(columns)

@@ -298,7 +298,7 @@ def _init_distributed() -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     torch.distributed.init_process_group(
         deepspeed.accelerator.get_accelerator().communication_backend_name(),
-        store=torch.distributed.HashStore(),
+        store=torch.distributed.HashStore(),  # type: ignore[attr-defined]
         rank=0,
         world_size=1,
     )

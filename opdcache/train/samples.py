@@ -177,7 +177,9 @@ class RoundSamples:
                 if "student_topk_ids" in names
                 else None
             ),
-            scores=self._cache.read_score_set(scored.content, self._scores.teacher, scored.served),
+            scores=self._cache.open_score_set(
+                scored.content, self._scores.teacher, scored.served
+            ).read(),
         )
 
 

@@ -1,0 +1,119 @@
+"""Arrays of a score shard, decoded straight from the bytes of its objects.
+
+zarr-python writes the arrays and reads them too; this reader knows what ``docs/format.md`` fixes of
+them: one object an array, chunks of tokens that are compressed one by one, an index at the end.
+So some tokens are read by decoding their chunks alone, in the calling thread (the decompressors let
+other threads run), and a small shard costs no more than its bytes.
+
+Legend: T tokens, K entries a token, C tokens of a chunk.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numcodecs import blosc
+from numpy.typing import NDArray
+
+from ..errors import InvalidShard
+
+_ABSENT = np.iinfo(np.uint64).max
+_CHECKSUM_BYTES = 4
+
+
+@dataclass(frozen=True, slots=True)
+class StoredArray:
+    """One array, [T] or [T, K], of integers or floats.
+
+    Attributes:
+        shape: T, or T and K.
+        dtype: of the values.
+        chunk_tokens: C.
+        pcodec: whether chunks are compressed by pcodec instead of Blosc.
+        data: the object with the chunks; None when every value is 0.
+        index: uint64 [chunks, 2], offset and length of each chunk in the object.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    chunk_tokens: int
+    pcodec: bool
+    data: bytes | None
+    index: NDArray[np.uint64]
+
+    def chunks(self, start: int, stop: int) -> Iterator[tuple[slice, NDArray[Any]]]:
+        """Tokens ``start:stop`` chunk by chunk: places counted from ``start``, and values.
+
+        Values of a [T, K] array are [K, C]: rank by rank, as they are stored.
+        """
+        size = self.chunk_tokens
+        for number in range(start // size, -(-stop // size)):
+            first = number * size
+            begin, end = max(start, first), min(stop, first + size)
+            yield (
+                slice(begin - start, end - start),
+                self._chunk(number)[..., begin - first : end - first],
+            )
+
+    def read(self, start: int, stop: int) -> NDArray[Any]:
+        """Values of tokens ``start:stop``, [T] or [K, T]."""
+        parts = [values for _, values in self.chunks(start, stop)]
+        if len(parts) == 1:
+            return parts[0]
+        return np.concatenate([np.zeros((*self.shape[1:], 0), self.dtype), *parts], axis=-1)
+
+    def _chunk(self, number: int) -> NDArray[Any]:
+        shape = (*self.shape[1:], self.chunk_tokens)
+        offset, length = (int(n) for n in self.index[number])
+        if self.data is None or offset == _ABSENT:
+            return np.zeros(shape, self.dtype)
+        encoded = self.data[offset : offset + length]
+        if self.pcodec:
+            from pcodec import standalone
+
+            return np.asarray(standalone.simple_decompress(encoded)).reshape(shape)
+        return np.frombuffer(blosc.decompress(encoded), self.dtype).reshape(shape)
+
+
+def open_arrays(objects: Mapping[str, bytes]) -> tuple[dict[str, Any], dict[str, StoredArray]]:
+    """A group's attributes and its arrays by name; nothing is decoded.
+
+    Args:
+        objects: the group's objects by path below its root.
+
+    Raises:
+        InvalidShard: they are no group of the documented format.
+    """
+    try:
+        group = json.loads(objects["zarr.json"])
+        described = {
+            path.partition("/")[0]: json.loads(data)
+            for path, data in objects.items()
+            if path.endswith("/zarr.json")
+        }
+        arrays = {name: _array(name, meta, objects) for name, meta in described.items()}
+        return group["attributes"], arrays
+    except (KeyError, ValueError, TypeError, IndexError, StopIteration) as error:
+        raise InvalidShard(f"not a group of score arrays: {error!r}") from error
+
+
+def _array(name: str, meta: Mapping[str, Any], objects: Mapping[str, bytes]) -> StoredArray:
+    shape = tuple(meta["shape"])
+    sharding = next(c for c in meta["codecs"] if c["name"] == "sharding_indexed")["configuration"]
+    chunk_tokens = sharding["chunk_shape"][0]
+    number = meta["chunk_grid"]["configuration"]["chunk_shape"][0] // chunk_tokens
+    data = objects.get(f"{name}/c/" + "/".join("0" for _ in shape))
+    index = np.full((number, 2), _ABSENT, np.uint64)
+    if data is not None:
+        end = len(data) - _CHECKSUM_BYTES
+        index = np.frombuffer(data[end - index.nbytes : end], "<u8").reshape(number, 2)
+    return StoredArray(
+        shape=shape,
+        dtype=np.dtype(meta["data_type"]).newbyteorder("<"),
+        chunk_tokens=chunk_tokens,
+        pcodec=any(codec["name"] == "numcodecs.pcodec" for codec in sharding["codecs"]),
+        data=data,
+        index=index,
+    )
