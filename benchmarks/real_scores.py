@@ -1,0 +1,57 @@
+"""Real teacher scores for ``storage.py``: a run's own completions, scored again without rounding.
+
+    python benchmarks/real_scores.py --run demo/run --out scores.npz
+
+Writes ``I`` int32 [T, K] ids and ``V`` float32 [T, K] log-probs, likeliest first, over the full
+vocabulary, of every completion token that the run's rounds and held-out shards hold.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+
+from opdcache.runfolder import RunFolder, model_folder
+from opdcache.schemas.rounds import HeldOutRound, RolloutRound
+from opdcache.score.transformers_scorer import Sequences, TransformersScorer
+from opdcache.store import rollouts
+from opdcache.store.cache import Cache
+
+
+def main() -> None:
+    """Score, write, print one JSON object."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--run", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--k", type=int, default=256)
+    asked = parser.parse_args()
+    folder = RunFolder(asked.run)
+    resolved = folder.resolved()
+    assert resolved is not None, "the run has not begun"
+    cache = Cache(resolved.config.cache)
+    teacher = TransformersScorer(
+        model_folder(resolved.config.teacher), dtype="float32", batch_tokens=2048
+    )
+    found = (
+        folder.find(kind, index)
+        for kind in (RolloutRound, HeldOutRound)
+        for index in range(resolved.config.rounds + 1)
+    )
+    ids, logprobs = [], []
+    for shard in (shard for file in found if file is not None for shard in file.shards):
+        table = cache.read_rollouts(cache.need_rollouts(shard))
+        sequences = Sequences(
+            rollouts.token_lists(table, "prompt_token_ids"),
+            rollouts.token_lists(table, "completion_token_ids"),
+            np.zeros((shard.num_tokens, 0), np.int64),
+        )
+        stats = teacher.score(sequences, k=asked.k, mass=1.0, num_ids=resolved.vocab_size)
+        ids.append(stats.topk_ids_TK.numpy().astype(np.int32))
+        logprobs.append(stats.topk_TK.numpy())
+    np.savez(asked.out, I=np.concatenate(ids), V=np.concatenate(logprobs))
+    print(json.dumps({"out": str(asked.out), "tokens": sum(map(len, ids)), "k": asked.k}))
+
+
+if __name__ == "__main__":
+    main()
