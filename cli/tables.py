@@ -1,13 +1,16 @@
 """Tables as text."""
 
 from collections.abc import Sequence
+from datetime import UTC, datetime
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from ..rounds import StageStatus
+from ..schemas.manifests import ScoreManifest
 from ..schemas.rounds import EvaluationRound
+from ..store.upkeep import Listed
 
 
 def as_text(table: Table) -> str:
@@ -34,6 +37,44 @@ def evaluation_table(rows: Sequence[EvaluationRound]) -> str:
             f"{row.tokens:,}",
         )
     return as_text(table)
+
+
+def cache_table(rows: Sequence[Listed]) -> str:
+    """One line a shard, and the sum."""
+    table = Table(
+        "kind",
+        "key",
+        "made by",
+        "of",
+        "k",
+        "rows",
+        "tokens",
+        "bytes",
+        "age",
+        "runs",
+        box=box.SIMPLE,
+    )
+    now = datetime.now(UTC)
+    for row in rows:
+        manifest = row.manifest
+        if isinstance(manifest, ScoreManifest):
+            made_by, of, k = manifest.identity.teacher, manifest.rollout_key, manifest.identity.k
+        else:
+            made_by, of, k = manifest.identity.student, "", manifest.identity.student_topk
+        table.add_row(
+            manifest.kind,
+            manifest.key[:12],
+            made_by[:12],
+            of[:12],
+            str(k),
+            f"{manifest.num_rows:,}",
+            f"{manifest.num_tokens:,}",
+            f"{row.size_bytes:,}",
+            f"{(now - row.committed_at).total_seconds() / 3600:.1f} h",
+            ", ".join(run[:8] for run in row.used_by),
+        )
+    rows_bytes = sum(row.size_bytes for row in rows)
+    return f"{as_text(table)}\n{len(rows):,} shards, {rows_bytes:,} bytes"
 
 
 def status_table(rows: Sequence[StageStatus]) -> str:

@@ -1,12 +1,31 @@
 """Fixtures that tests share: tiny real models, a byte-level tokenizer, a silent run."""
 
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from .s3_server import BUCKET, S3Server, s3_server
+
 TINY_VOCAB = 258
 EOS_ID, PAD_ID = 256, 257
+
+
+@pytest.fixture(scope="session")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    """A real S3 server."""
+    with s3_server(tmp_path_factory.mktemp("s3")) as server:
+        yield server
+
+
+@pytest.fixture(params=["local", "memory", pytest.param("s3", marks=pytest.mark.s3)])
+def store_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """An empty place on every kind of store."""
+    if request.param == "s3":
+        request.getfixturevalue("s3")
+        return f"s3://{BUCKET}/{secrets.token_hex(8)}"
+    return "memory://" if request.param == "memory" else str(tmp_path / "store")
 
 
 @pytest.fixture(scope="session")

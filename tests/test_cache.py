@@ -39,8 +39,8 @@ KEY = "ab" * 32
 
 
 @pytest.fixture
-def cache(tmp_path: Path) -> Cache:
-    return Cache(str(tmp_path / "cache"))
+def cache(store_url: str) -> Cache:
+    return Cache(store_url)
 
 
 def need(*columns: str, **changes: object) -> ScoreRequirement:
@@ -61,9 +61,10 @@ def paths(cache: Cache, prefix: str) -> set[str]:
     return {info.path for info in cache.objects.list(prefix)}
 
 
-def files(cache: Cache) -> list[Path]:
-    """Every file that the cache wrote, in a settled order."""
-    return sorted(path for path in Path(cache.objects.url).rglob("*") if path.is_file())
+def files(cache: Cache) -> list[str]:
+    """Every object of the cache's shards."""
+    prefixes = ("commits", "data")
+    return sorted(info.path for prefix in prefixes for info in cache.objects.list(prefix))
 
 
 def restate(cache: Cache, path: str, **changes: object) -> None:
@@ -138,7 +139,8 @@ def test_committed_rollouts_are_those_of_the_keys_that_are_there(cache: Cache) -
     assert cache.committed_rollouts([two.key, KEY, one.key]) == {one.key: one, two.key: two}
 
 
-def test_a_second_process_sees_what_the_first_committed(cache: Cache) -> None:
+def test_a_second_process_sees_what_the_first_committed(tmp_path: Path) -> None:
+    cache = Cache(str(tmp_path))
     manifest = commit_rollouts(cache)
 
     assert Cache(cache.objects.url).rollouts(manifest.key) == manifest
@@ -178,9 +180,8 @@ def shard(manifest: RolloutManifest, **changes: object) -> RolloutShard:
     return RolloutShard.model_validate(fields | changes)
 
 
-def read_everything(url: str, rollout: RolloutManifest, scores: ScoreManifest) -> None:
+def read_everything(cache: Cache, rollout: RolloutManifest, scores: ScoreManifest) -> None:
     """What a stage does with a shard and its scores, from their pinned names alone."""
-    cache = Cache(url)
     cache.read_rollouts(cache.need_rollouts(shard(rollout)))
     served = cache.serve(rollout.content, need(*SCORE_COLUMNS))
     if served is None:
@@ -192,32 +193,32 @@ def read_everything(url: str, rollout: RolloutManifest, scores: ScoreManifest) -
 def test_a_flipped_bit_in_any_file_of_a_shard_is_detected(cache: Cache) -> None:
     rollout = commit_rollouts(cache)
     scores = commit_scores(cache, rollout, *SCORE_COLUMNS)
-    read_everything(cache.objects.url, rollout, scores)
+    read_everything(cache, rollout, scores)
     rng = random.Random(0)
 
     assert len(files(cache)) > 15
     for file in files(cache):
-        original = file.read_bytes()
+        original = cache.objects.get(file)
         for _ in range(4):
             damaged = bytearray(original)
             damaged[rng.randrange(len(damaged))] ^= 1 << rng.randrange(8)
-            file.write_bytes(damaged)
+            cache.objects.put(file, bytes(damaged))
             with pytest.raises((IntegrityError, ObjectMissing)) as caught:
-                read_everything(cache.objects.url, rollout, scores)
+                read_everything(cache, rollout, scores)
             assert len(str(caught.value).splitlines()) == 1
-        file.write_bytes(original)
-    read_everything(cache.objects.url, rollout, scores)
+        cache.objects.put(file, original)
+    read_everything(cache, rollout, scores)
 
 
 def test_a_flipped_bit_anywhere_in_a_manifest_is_detected(cache: Cache) -> None:
     manifest = commit_rollouts(cache)
-    file = Path(cache.objects.url) / rollout_commit(manifest.key)
-    original = file.read_bytes()
+    file = rollout_commit(manifest.key)
+    original = cache.objects.get(file)
 
     for place in range(0, len(original), 3):
         damaged = bytearray(original)
         damaged[place] ^= 1 << (place % 8)
-        file.write_bytes(damaged)
+        cache.objects.put(file, bytes(damaged))
         with pytest.raises(IntegrityError):
             cache.rollouts(manifest.key)
 
@@ -250,12 +251,12 @@ def test_a_cut_off_file_is_detected(cache: Cache) -> None:
     scores = commit_scores(cache, rollout, *SCORE_COLUMNS)
 
     for file in files(cache):
-        original = file.read_bytes()
+        original = cache.objects.get(file)
         for length in (0, len(original) // 2, len(original) - 1):
-            file.write_bytes(original[:length])
+            cache.objects.put(file, original[:length])
             with pytest.raises((IntegrityError, ObjectMissing)):
-                read_everything(cache.objects.url, rollout, scores)
-        file.write_bytes(original)
+                read_everything(cache, rollout, scores)
+        cache.objects.put(file, original)
 
 
 def test_a_missing_file_of_a_shard_is_detected(cache: Cache) -> None:
@@ -263,11 +264,11 @@ def test_a_missing_file_of_a_shard_is_detected(cache: Cache) -> None:
     scores = commit_scores(cache, rollout, *SCORE_COLUMNS)
 
     for file in files(cache):
-        original = file.read_bytes()
-        file.unlink()
+        original = cache.objects.get(file)
+        cache.objects.delete(file)
         with pytest.raises(ObjectMissing):
-            read_everything(cache.objects.url, rollout, scores)
-        file.write_bytes(original)
+            read_everything(cache, rollout, scores)
+        cache.objects.put(file, original)
 
 
 def test_a_changed_object_is_named_with_both_checksums(cache: Cache) -> None:

@@ -21,9 +21,9 @@ from .shards import rollout_identity, table, write_rollouts
 KEY = "ab" * 32
 
 
-@pytest.fixture(params=["local", "memory"])
-def objects(request: pytest.FixtureRequest, tmp_path: Path) -> ObjectStore:
-    return ObjectStore("memory://" if request.param == "memory" else str(tmp_path / "store"))
+@pytest.fixture
+def objects(store_url: str) -> ObjectStore:
+    return ObjectStore(store_url)
 
 
 class Clock:

@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import click
 import pytest
 
 from opdcache.cli.main import cli
@@ -20,6 +21,13 @@ def text(*names: str) -> str:
 @pytest.mark.parametrize("command", sorted(cli.commands))
 def test_every_command_is_in_the_docs(command: str) -> None:
     assert f"opdcache {command}" in text("docs/running.md")
+
+
+def test_every_cache_command_is_in_the_docs() -> None:
+    group = cli.commands["cache"]
+    assert isinstance(group, click.Group)
+    for name in group.commands:
+        assert f"`opdcache cache {name} " in text("docs/running.md")
 
 
 def test_every_command_in_the_docs_exists() -> None:

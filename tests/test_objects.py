@@ -10,9 +10,9 @@ from opdcache.errors import ObjectMissing, OpdcacheError, StoreError, StoreFull,
 from opdcache.store.objects import ObjectStore
 
 
-@pytest.fixture(params=["local", "memory"])
-def objects(request: pytest.FixtureRequest, tmp_path: Path) -> ObjectStore:
-    return ObjectStore("memory://" if request.param == "memory" else str(tmp_path / "store"))
+@pytest.fixture
+def objects(store_url: str) -> ObjectStore:
+    return ObjectStore(store_url)
 
 
 def test_create_writes_once(objects: ObjectStore) -> None:

@@ -144,6 +144,7 @@ def test_the_contract_imports_nothing_outside_itself() -> None:
         ),
         (("opdcache.rollout", "opdcache.score", "opdcache.train"), ("rounds", "cli", "jobs")),
         (("opdcache.rounds", "opdcache.evaluate"), ("cli", "jobs")),
+        (("opdcache.data", "opdcache.torch_data"), ("rollout", "score", "train", "cli", "jobs")),
         (("opdcache.jobs",), ("cli",)),
     ],
 )
@@ -200,7 +201,7 @@ def test_help_needs_no_engine() -> None:
     done = opdcache("--help")
 
     assert (done.returncode, done.stderr) == (0, "")
-    for command in ("run", "rollout", "score", "train", "evaluate", "status", "demo"):
+    for command in ("run", "rollout", "score", "train", "evaluate", "status", "cache", "demo"):
         assert f"\n  {command} " in done.stdout
 
 
@@ -224,7 +225,7 @@ for name in cli.commands:
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
 
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.count("Usage: ") == 7
+    assert done.stdout.count("Usage: ") == 8
 
 
 def test_status_needs_no_engine(run_yaml: Path) -> None:

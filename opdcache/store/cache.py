@@ -49,7 +49,7 @@ class Attempt:
         self.name = secrets.token_hex(8)
         self.entries: list[ObjectEntry] = []
         self._objects = objects
-        self._prefix = _data_prefix(key, self.name)
+        self._prefix = data_prefix(key, self.name)
 
     def put(self, path: str, data: bytes) -> None:
         """Store one object, and note its hash for the manifest."""
@@ -156,7 +156,7 @@ class Cache:
         Raises:
             ObjectMissing, ChecksumMismatch, InvalidShard: it is not what was committed.
         """
-        table = rollouts.decode_rollouts(self._objects_of(manifest)[rollouts.FILE])
+        table = rollouts.decode_rollouts(self.objects_of(manifest)[rollouts.FILE])
         if content_hash(table) != manifest.content:
             raise InvalidShard(
                 "content hash differs from the manifest's",
@@ -172,12 +172,12 @@ class Cache:
             ObjectMissing, ChecksumMismatch, InvalidShard: it is not what was committed.
         """
         prefix = f"{scores.GROUP}/"
-        objects = {p.removeprefix(prefix): d for p, d in self._objects_of(manifest).items()}
+        objects = {p.removeprefix(prefix): d for p, d in self.objects_of(manifest).items()}
         opened = scores.open_scores(objects)
         if int(opened.token_offsets[-1]) != manifest.num_tokens:
             raise InvalidShard(
                 "token count differs from the manifest's",
-                where=self.objects.at(_commit_path(manifest)),
+                where=self.objects.at(commit_path(manifest)),
                 expected=manifest.num_tokens,
                 got=int(opened.token_offsets[-1]),
                 remedy=_REMEDY,
@@ -239,7 +239,7 @@ class Cache:
         assert manifest.key == key_of(manifest.identity)
         body = manifest.model_dump(mode="json")
         data = canonical_json({"manifest": body, "sha256": digest(body)})
-        path = _commit_path(manifest)
+        path = commit_path(manifest)
         if self.objects.create(path, data):
             return True
         # A store that repeats a create whose answer was lost meets its own manifest.
@@ -297,15 +297,33 @@ class Cache:
             ) from error
         if (
             not isinstance(manifest, kind)
-            or _commit_path(manifest) != path
+            or commit_path(manifest) != path
             or key_of(manifest.identity) != manifest.key
         ):
             raise InvalidShard("manifest is not of its key", where=where, remedy=_REMEDY)
         return manifest
 
-    def _objects_of(self, manifest: RolloutManifest | ScoreManifest) -> dict[str, bytes]:
+    def manifest(self, path: str) -> RolloutManifest | ScoreManifest | None:
+        """The manifest at a path below ``commits/``; None when it is gone.
+
+        Raises:
+            IntegrityError: it is not what was committed there.
+        """
+        if path.startswith("commits/rollouts/"):
+            return self._load(path, RolloutManifest)
+        return self._load(path, ScoreManifest)
+
+    def check(self, manifest: RolloutManifest | ScoreManifest) -> None:
+        """Read a shard's objects.
+
+        Raises:
+            ObjectMissing, ChecksumMismatch: one is not what was committed.
+        """
+        self.objects_of(manifest)
+
+    def objects_of(self, manifest: RolloutManifest | ScoreManifest) -> dict[str, bytes]:
         """Every object of a shard by path, its size and hash checked."""
-        prefix = _data_prefix(manifest.key, manifest.attempt)
+        prefix = data_prefix(manifest.key, manifest.attempt)
         with ThreadPoolExecutor(max_workers=16) as pool:
             return dict(pool.map(lambda entry: self._checked(prefix, entry), manifest.objects))
 
@@ -336,7 +354,8 @@ def as_listed(manifest: RolloutManifest, *, cached: bool) -> RolloutShard:
     )
 
 
-def _data_prefix(key: str, attempt: str) -> str:
+def data_prefix(key: str, attempt: str) -> str:
+    """Where the objects of an attempt at a shard are."""
     return f"data/{key[:2]}/{key}/{attempt}"
 
 
@@ -357,7 +376,8 @@ def _is_canonical(value: object, data: bytes) -> bool:
         return False
 
 
-def _commit_path(manifest: RolloutManifest | ScoreManifest) -> str:
+def commit_path(manifest: RolloutManifest | ScoreManifest) -> str:
+    """Where a shard's manifest is."""
     if isinstance(manifest, RolloutManifest):
         return rollout_commit(manifest.key)
     return score_commit(manifest.identity.content, manifest.identity.teacher, manifest.key)

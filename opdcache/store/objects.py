@@ -7,11 +7,13 @@ meets errors of ``opdcache.errors`` only.
 
 import os
 import re
+import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import obstore
 from obstore.exceptions import (
@@ -22,6 +24,9 @@ from obstore.exceptions import (
 )
 from obstore.store import LocalStore, MemoryStore, from_url
 
+if TYPE_CHECKING:
+    from obstore.store import RetryConfig
+
 from ..errors import ObjectMissing, StoreError, StoreFull, StoreUnavailable
 
 # Signs of a fault in a store's message, none of which a path can hold by chance.
@@ -29,6 +34,10 @@ _FULL = re.compile(r"\(os error (28|122)\)")
 _PASSING = re.compile(
     r"error sending request|after \d+ retries|status code: (429|5\d\d)|\(os error (104|110|111)\)"
 )
+# A job of hours outlives a store that is away for a minute.
+_PATIENCE: "RetryConfig" = {"max_retries": 30, "retry_timeout": timedelta(minutes=3)}
+# obstore writes a local file under such a name, and renames it when it is whole.
+_CUT_SHORT = re.compile(r"#\d+$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,14 +61,15 @@ class ObjectStore:
         """
         self.url = url
         self._pid = os.getpid()
+        self._folder: Path | None = None
         with _errors(url):
             if url.startswith("memory://"):
                 self._store: obstore.store.ObjectStore = MemoryStore()
             elif "://" in url and not url.startswith("file://"):
-                self._store = from_url(url)
+                self._store = from_url(url, retry_config=_PATIENCE)
             else:
-                folder = Path(url.removeprefix("file://")).resolve()
-                self._store = LocalStore(folder, mkdir=True)
+                self._folder = Path(url.removeprefix("file://")).resolve()
+                self._store = LocalStore(self._folder, mkdir=True)
 
     def put(self, path: str, data: bytes) -> None:
         """Write an object whole, replacing what is there."""
@@ -100,11 +110,36 @@ class ObjectStore:
 
     def delete(self, path: str) -> None:
         """Remove an object; nothing happens when there is none."""
+        if self._folder is not None and _CUT_SHORT.search(path):
+            (self._folder / path).unlink(missing_ok=True)
+            return
         try:
             with self._access(path):
                 obstore.delete(self._store, path)
         except ObjectMissing:
             return
+
+    def leftovers(self) -> Iterator[ObjectInfo]:
+        """Files of a local store that a killed writer left half-written: no listing has them."""
+        folder = self._folder
+        if folder is None:
+            return
+        for file in folder.rglob("*#*"):
+            with suppress(FileNotFoundError):  # its writer may have finished
+                if _CUT_SHORT.search(file.name):
+                    path, stat = str(file.relative_to(folder)), file.stat()
+                    changed = datetime.fromtimestamp(stat.st_mtime, UTC)
+                    yield ObjectInfo(path, stat.st_size, None, changed)
+
+    def now(self) -> datetime:
+        """The store's own time, by which it dates objects: that of an object written for it."""
+        path = f"probe/{secrets.token_hex(8)}"
+        self.put(path, b"")
+        found = self.info(path)
+        self.delete(path)
+        if found is None:
+            raise ObjectMissing("an object that was just written is gone", where=self.at(path))
+        return found.last_modified
 
     @contextmanager
     def _access(self, path: str) -> Iterator[None]:

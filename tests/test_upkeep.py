@@ -1,0 +1,356 @@
+"""Keeping a cache: verifying, cleaning, copying, on every kind of store."""
+
+import random
+import subprocess
+import sys
+import threading
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from opdcache.errors import StoreError
+from opdcache.identity import key_of
+from opdcache.schemas.columns import SCORE_COLUMNS
+from opdcache.schemas.manifests import RolloutManifest
+from opdcache.store.cache import Cache, rollout_commit
+from opdcache.store.scores import Scores, TopK
+from opdcache.store.upkeep import Garbage, collect, copy, garbage, listed, verify
+
+from .s3_server import BUCKET, S3Server, s3_server
+from .shards import (
+    commit_rollouts,
+    commit_scores,
+    rollout_identity,
+    some_scores,
+    table,
+    write_rollouts,
+)
+
+NO_GRACE = timedelta(seconds=-5)
+
+
+@pytest.fixture
+def cache(store_url: str) -> Cache:
+    return Cache(store_url)
+
+
+def filled(cache: Cache, *names: str) -> list[RolloutManifest]:
+    """Rollouts by name, each with two score sets."""
+    made = []
+    for i, name in enumerate(names):
+        rollout = commit_rollouts(cache, name, table([5 + i, 6, 7], []))
+        commit_scores(cache, rollout, *SCORE_COLUMNS)
+        commit_scores(cache, rollout, "entropy")
+        made.append(rollout)
+    return made
+
+
+def paths(cache: Cache) -> set[str]:
+    return {info.path for top in ("commits", "data", "claims") for info in cache.objects.list(top)}
+
+
+def reasons(found: list[Garbage]) -> list[str]:
+    return sorted(item.reason for item in found)
+
+
+def test_a_listing_says_what_there_is_and_who_uses_it(cache: Cache) -> None:
+    one, two = filled(cache, "one", "two")
+    cache.pin("run-1", "rollouts", [one.key])
+    cache.pin("run-2", "rollouts", [one.key, two.key])
+
+    found = {item.manifest.key: item for item in listed(cache)}
+
+    assert len(found) == 6
+    assert found[one.key].used_by == ("run-1", "run-2")
+    assert found[two.key].used_by == ("run-2",)
+    assert found[one.key].size_bytes == one.objects[0].size_bytes
+
+
+def test_a_sound_cache_verifies(cache: Cache) -> None:
+    filled(cache, "one", "two")
+    assert verify(cache) == verify(cache, deep=True) == []
+
+
+def test_two_hundred_flipped_bits_are_all_detected(tmp_path: Path) -> None:
+    cache = Cache(str(tmp_path))
+    filled(cache, "one", "two", "three")
+    rng = random.Random(0)
+    objects = sorted(paths(cache))
+    for number in range(200):
+        path = objects[number % len(objects)]
+        sound = cache.objects.get(path)
+        damaged = bytearray(sound)
+        damaged[rng.randrange(len(damaged))] ^= 1 << rng.randrange(8)
+        cache.objects.put(path, bytes(damaged))
+        problems = verify(cache)
+        assert problems, path
+        assert all(len(problem.reason.splitlines()) == 1 for problem in problems)
+        cache.objects.put(path, sound)
+    assert verify(cache) == []
+
+
+def test_a_missing_object_is_named(cache: Cache) -> None:
+    filled(cache, "one")
+    gone = next(path for path in sorted(paths(cache)) if path.endswith("topk_steps/zarr.json"))
+    cache.objects.delete(gone)
+    assert [gone in problem.reason for problem in verify(cache)] == [True]
+
+
+def broken_topk(**changes: object) -> Scores:
+    scores = some_scores(frozenset(SCORE_COLUMNS))
+    assert scores.topk is not None
+    fields = {name: getattr(scores.topk, name).copy() for name in TopK.__slots__}
+    for name, change in changes.items():
+        change(fields[name])  # type: ignore[operator]
+    return Scores(
+        scores.token_offsets,
+        scores.sampled_logprobs,
+        scores.entropy,
+        TopK(**fields),
+        scores.student_topk,
+    )
+
+
+def put(place: object, value: float) -> object:
+    def change(values: np.ndarray) -> None:  # type: ignore[type-arg]
+        values[place] = value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("scores", "said"),
+    [
+        (broken_topk(ids=put((1, 2), 1 << 21)), "an id is not in the vocabulary"),
+        (broken_topk(ids=put((1, 2), 1)), "a token keeps an id twice"),
+        (broken_topk(tail_logprobs=put(2, 0.0)), "entries and tail hold more than all mass"),
+        (broken_topk(num_kept=put(0, 9)), "more entries are kept than there are"),
+    ],
+)
+def test_a_deep_look_finds_contents_that_contradict_the_format(scores: Scores, said: str) -> None:
+    cache = Cache("memory://")
+    rollout = commit_rollouts(cache)
+    commit_scores(cache, rollout, *SCORE_COLUMNS, scores=scores)
+    assert verify(cache) == []
+    problems = verify(cache, deep=True)
+    assert len(problems) == 1
+    assert said in problems[0].reason
+
+
+def test_a_deep_look_holds_scores_against_their_rollouts() -> None:
+    cache = Cache("memory://")
+    rollout = commit_rollouts(cache)
+    scores = some_scores(frozenset(SCORE_COLUMNS))
+    shifted = Scores(np.asarray([0, 2, 3]), scores.sampled_logprobs)
+    commit_scores(cache, rollout, "sampled", scores=shifted)
+    assert ["token offsets" in p.reason for p in verify(cache, deep=True)] == [True]
+    cache.objects.delete(rollout_commit(rollout.key))
+    assert ["rollouts of these scores are gone" in p.reason for p in verify(cache, deep=True)] == [
+        True
+    ]
+
+
+def test_what_a_run_uses_or_somebody_makes_stays_and_the_rest_goes(cache: Cache) -> None:
+    used, unused = filled(cache, "used", "unused")
+    scored = [i.manifest.key for i in listed(cache) if i.manifest.kind == "scores"]
+    cache.pin("run", "rollouts", [used.key])
+    cache.pin("run", "scores", scored)
+    given_up, under_way = (rollout_identity(name) for name in ("given up", "under way"))
+    for identity in (given_up, under_way):
+        write_rollouts(cache.attempt(key_of(identity)), identity)
+    with cache.claims.hold("rollouts", key_of(under_way)):
+        assert garbage(cache) == []  # all of it is young
+        found = garbage(cache, grace=NO_GRACE)
+        assert reasons(found) == ["an attempt that was not committed", "no run uses it"] or (
+            reasons(found) == ["an attempt that was not committed"] * 2 + ["no run uses it"]
+        )
+        before = paths(cache)
+        collect(cache, [item for item in found if key_of(under_way) not in item.objects[0]])
+        gone = before - paths(cache)
+    assert {path.split("/")[2] for path in gone if path.startswith("data")} == {
+        unused.key,
+        key_of(given_up),
+    }
+    assert rollout_commit(unused.key) in gone
+    assert rollout_commit(used.key) not in gone
+    assert cache.read_rollouts(used).num_rows == 2
+
+
+def test_a_claim_within_the_grace_keeps_an_attempt() -> None:
+    cache = Cache("memory://")
+    identity = rollout_identity()
+    write_rollouts(cache.attempt(key_of(identity)), identity)
+    commit_rollouts(cache, "unused")
+    time.sleep(0.3)
+    with cache.claims.hold("rollouts", key_of(identity)):
+        assert reasons(garbage(cache, grace=timedelta(seconds=0.2))) == ["no run uses it"]
+    assert len(garbage(cache, grace=timedelta(seconds=0))) == 2
+
+
+def test_files_that_a_killed_writer_left_are_swept(tmp_path: Path) -> None:
+    cache = Cache(str(tmp_path))
+    rollout = commit_rollouts(cache)
+    cache.pin("run", "rollouts", [rollout.key])
+    left = tmp_path / "data" / "ab" / "x#1"
+    left.parent.mkdir(parents=True)
+    left.write_bytes(b"half")
+    assert garbage(cache) == []
+    found = garbage(cache, grace=NO_GRACE)
+    assert reasons(found) == ["a write that was cut short"]
+    collect(cache, found)
+    assert not left.exists()
+    assert cache.read_rollouts(rollout).num_rows == 2
+
+
+def test_a_copy_has_every_shard_and_a_second_one_does_nothing(cache: Cache, tmp_path: Path) -> None:
+    filled(cache, "one", "two")
+    there = Cache(str(tmp_path / "copy"))
+
+    done = copy(cache, there)
+
+    assert (done.shards, done.present, done.left_behind) == (6, 0, {})
+    assert verify(there, deep=True) == []
+    ours, theirs = ({i.manifest.key: i.manifest for i in listed(c)} for c in (cache, there))
+    assert ours == theirs
+    again = copy(cache, there)
+    assert (again.shards, again.present, again.left_behind) == (0, 6, {})
+    back = copy(there, cache)
+    assert (back.shards, back.present) == (0, 6)
+
+
+def test_where_both_hold_a_key_with_other_tokens_the_destination_s_stays(tmp_path: Path) -> None:
+    ours, theirs = (Cache(str(tmp_path / name)) for name in ("ours", "theirs"))
+    filled(ours, "same key", "another")
+    kept = commit_rollouts(theirs, "same key", table([9, 9, 9], []))
+
+    done = copy(ours, theirs)
+
+    assert done.shards == 3
+    assert done.left_behind == {
+        "rollouts whose key has other tokens in the destination": 1,
+        "scores of tokens that the destination does not have": 2,
+    }
+    assert theirs.rollouts(kept.key) == kept
+    assert verify(theirs, deep=True) == []
+
+
+def test_a_damaged_shard_is_not_copied(tmp_path: Path) -> None:
+    ours, theirs = (Cache(str(tmp_path / name)) for name in ("ours", "theirs"))
+    (rollout,) = filled(ours, "one")
+    path = next(p for p in paths(ours) if rollout.key in p and p.startswith("data"))
+    ours.objects.put(path, ours.objects.get(path)[:-1] + b"?")
+    with pytest.raises(Exception, match="not what was committed"):
+        copy(ours, theirs)
+    assert listed(theirs) == []
+
+
+KILLED_WRITERS = """
+import os, random, signal, sys, time
+sys.path.insert(0, sys.argv[2])
+from opdcache.schemas.columns import SCORE_COLUMNS
+from opdcache.store.cache import Cache
+from tests.shards import commit_rollouts, commit_scores
+
+def write(writer):
+    cache = Cache(sys.argv[1])  # opened here: nothing of a store survives a fork
+    for number in range(10**6):
+        commit_scores(cache, commit_rollouts(cache, f"{writer} {number}"), *SCORE_COLUMNS)
+
+moments = random.Random(0)
+for writer in range(50):
+    child = os.fork()
+    if child == 0:
+        write(writer)
+    time.sleep(moments.uniform(0.02, 0.25))
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+"""
+
+
+def test_a_cache_is_sound_after_fifty_killed_writers(tmp_path: Path) -> None:
+    root, url = str(Path(__file__).parents[1]), str(tmp_path / "cache")
+    subprocess.run([sys.executable, "-c", KILLED_WRITERS, url, root], check=True)
+    cache = Cache(url)
+    before = listed(cache)
+    assert len(before) > 20
+    assert verify(cache, deep=True) == []
+    for item in before:
+        cache.pin("run", item.manifest.kind, [item.manifest.key])
+    left = garbage(cache, grace=NO_GRACE)
+    assert left, "no kill fell into a shard"
+    collect(cache, left)
+    assert garbage(cache, grace=NO_GRACE) == []
+    assert [item.manifest for item in listed(cache)] == [item.manifest for item in before]
+    assert verify(cache, deep=True) == []
+
+
+@pytest.mark.s3
+def test_a_server_that_dies_and_comes_back_in_the_middle_of_a_write_loses_nothing(
+    tmp_path: Path,
+) -> None:
+    with s3_server(tmp_path) as server:
+        cache = Cache(f"s3://{BUCKET}/cache")
+        filled(cache, "before")
+        identity = rollout_identity("during")
+        attempt = cache.attempt(key_of(identity))
+        server.kill()
+        back = threading.Timer(1, server.start)
+        back.start()
+        manifest = write_rollouts(attempt, identity)  # waits, and goes on
+        assert cache.commit(attempt, manifest)
+        back.join()
+        assert verify(cache, deep=True) == []
+        assert len(listed(cache)) == 4
+
+
+@pytest.mark.s3
+def test_a_store_s_credentials_are_in_no_manifest_and_no_error(
+    s3: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = Cache(f"s3://{BUCKET}/credentials")
+    filled(cache, "one")
+    secrets = [s3.environment[f"AWS_{name}"] for name in ("ACCESS_KEY_ID", "SECRET_ACCESS_KEY")]
+    stored = b"".join(cache.objects.get(path) for path in paths(cache))
+    with pytest.raises(StoreError) as refused:
+        list(Cache("s3://no-such-bucket/cache").objects.list("commits"))
+    for secret in secrets:
+        assert secret.encode() not in stored
+        assert secret not in str(refused.value)
+
+
+def opdcache(*arguments: object) -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, "-m", "opdcache.cli.main", "cache", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_the_commands_list_show_verify_copy_and_clean(tmp_path: Path) -> None:
+    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+    cache = Cache(str(ours))
+    (rollout,) = filled(cache, "one")
+    cache.pin("a-run", "rollouts", [rollout.key])
+
+    shown = opdcache("ls", ours)
+    assert rollout.key[:12] in shown.stdout
+    assert "a-run" in shown.stdout
+    assert "3 shards" in shown.stdout
+    assert f'"student": "{rollout.identity.student}"' in opdcache("show", ours, rollout.key).stdout
+    refused = opdcache("show", ours, "no such key")
+    assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
+    assert opdcache("copy", ours, theirs).stdout.startswith("copied 3 shards")
+    assert opdcache("verify", theirs, "--deep").stdout == "3 shards checked, 0 wrong\n"
+    before = paths(cache)
+    said = opdcache("gc", ours, "--dry-run", "--grace-hours", -1).stdout
+    assert "would free" in said
+    assert paths(cache) == before
+    assert "of 2 shards" in opdcache("gc", ours, "--grace-hours", -1).stdout
+    assert [item.manifest.key for item in listed(cache)] == [rollout.key]
+    path = next(p for p in paths(cache) if p.startswith("data"))
+    cache.objects.put(path, b"damaged")
+    wrong = opdcache("verify", ours)
+    assert wrong.returncode == 3
+    assert "not what was committed" in wrong.stderr
+    missing = opdcache("ls", tmp_path / "nowhere")
+    assert (missing.returncode, missing.stderr.count("\n")) == (2, 1)
