@@ -62,7 +62,7 @@ def derived_tail(logprobs: NDArray[np.floating]) -> NDArray[np.floating]:
     return np.log(np.maximum(1 - np.exp(logprobs.astype(np.float64)).sum(axis=1), 6e-8))
 
 
-def opdcache(step: float, pcodec: bool) -> Codec:
+def opdcache(step: float) -> Codec:
     """This project's score shard, with the columns of the teacher's entries alone."""
 
     def encode(kept: Kept) -> Files:
@@ -74,13 +74,13 @@ def opdcache(step: float, pcodec: bool) -> Codec:
             kept.tail.astype(np.float32),
         )
         scores = Scores(token_offsets=np.asarray([0, num_tokens]), topk=topk)
-        return encode_scores(scores, step=step, attributes={}, pcodec=pcodec)
+        return encode_scores(scores, step=step, attributes={})
 
     def decode(opened: object) -> Kept:
         topk = opened.read(frozenset({"topk"})).topk  # type: ignore[attr-defined]
         return Kept(topk.ids, topk.logprobs, topk.tail_logprobs)
 
-    return Codec("opdcache-pcodec" if pcodec else "opdcache", encode, open_scores, decode)
+    return Codec("opdcache", encode, open_scores, decode)
 
 
 def parquet_lists() -> Codec:
@@ -258,8 +258,7 @@ def main() -> None:
     vocab_size = int(ids.max()) + 1
     exact = Kept(ids, logprobs, derived_tail(logprobs))
     codecs = [
-        opdcache(asked.step, pcodec=False),
-        opdcache(asked.step, pcodec=True),
+        opdcache(asked.step),
         parquet_lists(),
         packed(vocab_size),
         polynomial(vocab_size, asked.k),

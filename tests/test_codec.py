@@ -28,8 +28,6 @@ STEP = 1 / 256
 BIG_ID = 2**17 + 12_345
 QUICK = settings(max_examples=40, deadline=None)
 ALL = frozenset(SCORE_COLUMNS)
-# zarr says that pcodec is not in the specification; that is why it is an option.
-not_in_the_specification = pytest.mark.filterwarnings("ignore:Numcodecs codecs are not in")
 
 steps = st.sampled_from([1 / 1024, 1 / 256, 1 / 100, 1 / 16, 0.1])
 values = st.one_of(
@@ -320,13 +318,11 @@ def test_tokens_of_several_chunks_keep_their_places() -> None:
     np.testing.assert_array_equal(got.sampled_logprobs, sampled)
 
 
-@not_in_the_specification
-@pytest.mark.parametrize("pcodec", [False, True])
-def test_consecutive_completions_are_read_alone_wherever_their_chunks_are(pcodec: bool) -> None:
+def test_consecutive_completions_are_read_alone_wherever_their_chunks_are() -> None:
     lengths = [5, 0, CHUNK_TOKENS, 3, 2 * CHUNK_TOKENS, 1]
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     scores = Scores(token_offsets=offsets, topk=noise(int(offsets[-1]), 3, vocab=50))
-    objects = encode_scores(scores, step=STEP, attributes={}, pcodec=pcodec)
+    objects = encode_scores(scores, step=STEP, attributes={})
     opened = open_scores(objects)
     whole = opened.read(ALL).topk
     assert whole is not None
@@ -357,12 +353,10 @@ def test_a_shard_of_zeros_alone_round_trips_though_zarr_stores_no_chunk_of_them(
         assert np.array_equal(getattr(decoded, name), getattr(topk, name)), name
 
 
-@not_in_the_specification
-@pytest.mark.parametrize("pcodec", [False, True])
-def test_the_reader_gives_what_zarr_gives(tmp_path: Path, pcodec: bool) -> None:
+def test_the_reader_gives_what_zarr_gives(tmp_path: Path) -> None:
     offsets = np.asarray([0, 7, 2 * CHUNK_TOKENS + 7])
     scores = Scores(token_offsets=offsets, topk=noise(int(offsets[-1]), 5, vocab=200_000))
-    for path, data in encode_scores(scores, step=STEP, attributes={}, pcodec=pcodec).items():
+    for path, data in encode_scores(scores, step=STEP, attributes={}).items():
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).write_bytes(data)
     objects = {

@@ -2,8 +2,8 @@
 
 zarr-python writes the arrays and reads them too; this reader knows what ``docs/format.md`` fixes of
 them: one object an array, chunks of tokens that are compressed one by one, an index at the end.
-So some tokens are read by decoding their chunks alone, in the calling thread (the decompressors let
-other threads run), and a small shard costs no more than its bytes.
+So some tokens are read by decoding their chunks alone, in the calling thread (Blosc lets other
+threads run), and a small shard costs no more than its bytes.
 
 Legend: T tokens, K entries a token, C tokens of a chunk.
 """
@@ -31,7 +31,6 @@ class StoredArray:
         shape: T, or T and K.
         dtype: of the values.
         chunk_tokens: C.
-        pcodec: whether chunks are compressed by pcodec instead of Blosc.
         data: the object with the chunks; None when every value is 0.
         index: uint64 [chunks, 2], offset and length of each chunk in the object.
     """
@@ -39,7 +38,6 @@ class StoredArray:
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
     chunk_tokens: int
-    pcodec: bool
     data: bytes | None
     index: NDArray[np.uint64]
 
@@ -70,10 +68,6 @@ class StoredArray:
         if self.data is None or offset == _ABSENT:
             return np.zeros(shape, self.dtype)
         encoded = self.data[offset : offset + length]
-        if self.pcodec:
-            from pcodec import standalone
-
-            return np.asarray(standalone.simple_decompress(encoded)).reshape(shape)
         return np.frombuffer(blosc.decompress(encoded), self.dtype).reshape(shape)
 
 
@@ -113,7 +107,6 @@ def _array(name: str, meta: Mapping[str, Any], objects: Mapping[str, bytes]) -> 
         shape=shape,
         dtype=np.dtype(meta["data_type"]).newbyteorder("<"),
         chunk_tokens=chunk_tokens,
-        pcodec=any(codec["name"] == "numcodecs.pcodec" for codec in sharding["codecs"]),
         data=data,
         index=index,
     )

@@ -13,7 +13,6 @@ import zarr
 from numpy.typing import NDArray
 from zarr.abc.buffer import Buffer
 from zarr.codecs import BloscCodec, BloscShuffle, TransposeCodec
-from zarr.codecs.numcodecs import PCodec
 from zarr.storage import MemoryStore
 
 from ..errors import InvalidShard
@@ -140,15 +139,13 @@ class Scores:
 
 
 def encode_scores(
-    scores: Scores, *, step: float, attributes: Mapping[str, object], pcodec: bool = False
+    scores: Scores, *, step: float, attributes: Mapping[str, object]
 ) -> dict[str, bytes]:
     """The group's objects by path below ``scores.zarr/``.
 
     Args:
         step: quantisation step, nats.
         attributes: more attributes of the group.
-        pcodec: compress two-dimensional arrays with pcodec, which is smaller, and which a reader
-            without numcodecs and the ``pcodec`` package cannot read; Blosc otherwise.
     """
     encoded: dict[str, Buffer] = {}
     group = zarr.create_group(
@@ -157,7 +154,7 @@ def encode_scores(
     )
     values = _to_arrays(scores, step)
     for spec in score_arrays(scores.columns):
-        _write(group, spec, values[spec.name], pcodec)
+        _write(group, spec, values[spec.name])
     return {path: buffer.to_bytes() for path, buffer in encoded.items()}
 
 
@@ -180,19 +177,12 @@ def _to_arrays(scores: Scores, step: float) -> dict[str, NDArray[np.generic]]:
     return arrays
 
 
-def _write(group: zarr.Group, spec: ScoreArray, values: NDArray[np.generic], pcodec: bool) -> None:
+def _write(group: zarr.Group, spec: ScoreArray, values: NDArray[np.generic]) -> None:
     """One array: chunks of tokens inside a single object, two-dimensional ones rank by rank."""
     dtype = np.dtype(spec.dtype) if spec.dtype != "uint" else values.dtype
     length, rest = values.shape[0], values.shape[1:]
     chunk = max(1, min(CHUNK_TOKENS, length))
     whole = -(-max(length, 1) // chunk) * chunk
-    how: dict[str, Any] = {
-        "compressors": BloscCodec(
-            cname="zstd", clevel=5, shuffle=BloscShuffle.bitshuffle, typesize=dtype.itemsize
-        )
-    }
-    if pcodec and rest:
-        how = {"compressors": None, "serializer": PCodec()}
     array = group.create_array(
         spec.name,
         shape=values.shape,
@@ -200,10 +190,12 @@ def _write(group: zarr.Group, spec: ScoreArray, values: NDArray[np.generic], pco
         chunks=(chunk, *(max(1, n) for n in rest)),
         shards=(whole, *(max(1, n) for n in rest)),
         filters=[TransposeCodec(order=(1, 0))] if rest else None,
+        compressors=BloscCodec(
+            cname="zstd", clevel=5, shuffle=BloscShuffle.bitshuffle, typesize=dtype.itemsize
+        ),
         fill_value=0,
         dimension_names=spec.dims,
         attributes={"unit": spec.unit, "description": spec.description},
-        **how,
     )
     array[...] = values.astype(dtype)
 
