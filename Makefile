@@ -14,7 +14,7 @@ demo: setup
 	$(BIN)/opdcache demo demo
 
 test: check
-	$(BIN)/pytest -m "engine and not gpu"
+	$(BIN)/pytest -m "(engine or s3 or slow) and not gpu"
 
 check: lint types unit
 
@@ -29,7 +29,7 @@ types: setup
 	cd build/types && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache -p opdcache
 
 unit: setup
-	$(BIN)/pytest -n 2 -m "not engine and not gpu"
+	$(BIN)/pytest -n 2 -m "not engine and not s3 and not slow and not gpu"
 
 schemas: setup
 	$(BIN)/python -m opdcache.schemas.render schemas

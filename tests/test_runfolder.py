@@ -103,7 +103,7 @@ def test_a_corrected_answer_makes_another_rollout_shard(
 
 
 def test_prompts_that_are_too_long_are_left_out_and_counted_held_out_ones_too(
-    base: dict[str, object],
+    base: dict[str, object], tmp_path: Path
 ) -> None:
     prompts = base["prompts"]
     assert isinstance(prompts, dict)
@@ -113,7 +113,10 @@ def test_prompts_that_are_too_long_are_left_out_and_counted_held_out_ones_too(
         assert part.dropped == {"prompt longer than max_prompt_tokens": 1}
         assert [len(task.requests) for task in part.tasks] == [1]
     with pytest.raises(PromptError, match=r"no prompt is left.*raise prompts\.max_prompt_tokens"):
-        planned(base | {"output": "elsewhere", "prompts": prompts | {"max_prompt_tokens": 1}})
+        planned(
+            base
+            | {"output": str(tmp_path / "other"), "prompts": prompts | {"max_prompt_tokens": 1}}
+        )
 
 
 def test_the_last_student_samples_held_out_prompts_alone(

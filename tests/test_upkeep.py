@@ -74,6 +74,7 @@ def test_a_sound_cache_verifies(cache: Cache) -> None:
     assert verify(cache) == verify(cache, deep=True) == []
 
 
+@pytest.mark.slow
 def test_two_hundred_flipped_bits_are_all_detected(tmp_path: Path) -> None:
     cache = Cache(str(tmp_path))
     filled(cache, "one", "two", "three")
@@ -270,6 +271,7 @@ for writer in range(50):
 """
 
 
+@pytest.mark.slow
 def test_a_cache_is_sound_after_fifty_killed_writers(tmp_path: Path) -> None:
     root, url = str(Path(__file__).parents[1]), str(tmp_path / "cache")
     subprocess.run([sys.executable, "-c", KILLED_WRITERS, url, root], check=True)
@@ -299,9 +301,11 @@ def test_a_server_that_dies_and_comes_back_in_the_middle_of_a_write_loses_nothin
         server.kill()
         back = threading.Timer(1, server.start)
         back.start()
-        manifest = write_rollouts(attempt, identity)  # waits, and goes on
-        assert cache.commit(attempt, manifest)
-        back.join()
+        try:
+            manifest = write_rollouts(attempt, identity)  # waits, and goes on
+            assert cache.commit(attempt, manifest)
+        finally:
+            back.join()
         assert verify(cache, deep=True) == []
         assert len(listed(cache)) == 4
 
@@ -326,6 +330,7 @@ def opdcache(*arguments: object) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow
 def test_the_commands_list_show_verify_copy_and_clean(tmp_path: Path) -> None:
     ours, theirs = tmp_path / "ours", tmp_path / "theirs"
     cache = Cache(str(ours))

@@ -11,6 +11,8 @@ import yaml
 
 from .conftest import make_tiny_model
 
+pytestmark = pytest.mark.slow
+
 
 def run_with(folder: Path, command: list[str], **parts: object) -> str:
     """The error line of a command on a run file with the given parts; it must exit 2."""
