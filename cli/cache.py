@@ -17,8 +17,8 @@ def opened(url: str) -> "Cache":
     from ..errors import UsageError
     from ..store.cache import Cache
 
-    if "://" not in url and not Path(url).is_dir():
-        raise UsageError("no such cache folder", where=url, remedy="check the path")
+    if "://" not in url and not any((Path(url) / part).is_dir() for part in ("commits", "runs")):
+        raise UsageError("not a cache", where=url, remedy="give the folder that run files name")
     return Cache(url)
 
 
@@ -79,9 +79,15 @@ def verify(context: click.Context, cache: str, deep: bool) -> None:
 @command.command("gc")
 @cache_url
 @click.option("--dry-run", is_flag=True, help="only say what would go")
-@click.option("--grace-hours", type=float, default=24, show_default=True, help="younger stays")
+@click.option(
+    "--grace-hours",
+    type=click.FloatRange(0, 24 * 365),
+    default=24,
+    show_default=True,
+    help="what is younger stays",
+)
 def gc(cache: str, dry_run: bool, grace_hours: float) -> None:
-    """Delete what no run uses and nobody is making."""
+    """Delete what no run uses and nobody is making; a shard that is taken up meanwhile stays."""
     from datetime import timedelta
 
     from ..store.upkeep import collect, garbage
@@ -89,10 +95,10 @@ def gc(cache: str, dry_run: bool, grace_hours: float) -> None:
     store = opened(cache)
     found = garbage(store, grace=timedelta(hours=grace_hours))
     for item in found:
-        place = item.commit or item.objects[0].rsplit("/", 1)[0]
+        place = item.commit or item.objects[0]
         click.echo(f"{place}: {item.reason}, {item.size_bytes:,} bytes")
     if not dry_run:
-        collect(store, found)
+        found = collect(store, found)
     total = sum(item.size_bytes for item in found)
     click.echo(f"{'would free' if dry_run else 'freed'} {total:,} bytes of {len(found)} shards")
 
@@ -100,8 +106,12 @@ def gc(cache: str, dry_run: bool, grace_hours: float) -> None:
 @command.command("copy")
 @cache_url
 @click.argument("destination", metavar="DESTINATION")
-def copy(cache: str, destination: str) -> None:
-    """Copy every shard to another cache, checked; what is there stays as it is."""
+@click.pass_context
+def copy(context: click.Context, cache: str, destination: str) -> None:
+    """Copy every shard and pin to another cache, checked; what is there stays as it is.
+
+    Exits 3 when a shard is damaged; the others are copied.
+    """
     from ..store.cache import Cache
     from ..store.upkeep import copy as copy_shards
 
@@ -109,3 +119,6 @@ def copy(cache: str, destination: str) -> None:
     click.echo(f"copied {done.shards:,} shards, {done.size_bytes:,} bytes; {done.present:,} there")
     for reason, count in done.left_behind.items():
         click.echo(f"left behind {count:,}: {reason}")
+    for problem in done.damaged:
+        click.echo(f"not copied: {problem.path}: {problem.reason}", err=True)
+    context.exit(3 if done.damaged else 0)

@@ -92,18 +92,25 @@ class OpenCache:
             columns: score columns to read, of those that the run stores.
 
         Raises:
-            InputsMissing: the run has no scored round, or not one that was asked for.
+            InputsMissing: the run has no scored round, or not one that was asked for, or none of
+                the columns.
         """
-        folder = RunFolder(Path(run))
+        folder, wanted = RunFolder(Path(run)), frozenset(columns)
         listed: list[Scored] = []
         for index in _scored_rounds(folder) if rounds is None else rounds:
             rollouts, scores = folder.need(RolloutRound, index), folder.need(ScoreRound, index)
             listed += [
-                Scored(shard, scores.teacher, _only(scored.served, columns))
+                Scored(shard, scores.teacher, _only(scored.served, wanted))
                 for shard, scored in zip(rollouts.shards, scores.shards, strict=True)
             ]
         if not listed:
             raise InputsMissing("the run has no scored round yet", where=folder.path)
+        if not all(scored.served for scored in listed):
+            raise InputsMissing(
+                f"the run stores none of the columns {', '.join(sorted(wanted))}",
+                where=folder.path,
+                remedy="ask for others, or add them to score.columns",
+            )
         return Samples(self._cache, listed)
 
     def scored_by(self, teacher: str, columns: Iterable[ScoreColumn] = ("topk",)) -> "Samples":
@@ -115,10 +122,11 @@ class OpenCache:
         Raises:
             InputsMissing: there is none.
         """
-        found = self._cache.scored_by(teacher, frozenset(columns))
+        wanted = frozenset(columns)
+        found = self._cache.scored_by(teacher, wanted)
         if not found:
             raise InputsMissing(
-                f"no shard is scored by teacher {teacher[:12]} with {', '.join(columns)}",
+                f"no shard is scored by teacher {teacher[:12]} with {', '.join(sorted(wanted))}",
                 where=self._cache.objects.url,
             )
         return Samples(self._cache, [Scored(shard, teacher, served) for shard, served in found])
@@ -273,9 +281,8 @@ def _scored_rounds(folder: RunFolder) -> Iterator[int]:
 
 
 def _only(
-    served: Iterable[ServedColumns], columns: Iterable[ScoreColumn]
+    served: Iterable[ServedColumns], wanted: frozenset[ScoreColumn]
 ) -> tuple[ServedColumns, ...]:
     """The sets that give asked-for columns, and what each gives of them."""
-    wanted = set(columns)
     kept = ((item.key, tuple(c for c in item.columns if c in wanted)) for item in served)
     return tuple(ServedColumns(key=key, columns=left) for key, left in kept if left)

@@ -7,6 +7,7 @@ stages are done is read from them and from nothing else.
 import json
 import os
 import secrets
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -78,20 +79,27 @@ class RunFolder:
         return self.path / "checkpoints"
 
     @contextmanager
-    def alone(self, work: str) -> Iterator[None]:
+    def alone(self, work: str, lease_s: float = 60.0) -> Iterator[None]:
         """Be the only process on any machine that does some work on this run, for the block.
+
+        A holder that may be dead, on a machine that was lost, is watched for as long as its lease.
 
         Raises:
             Held: another process does it.
         """
-        with Claims(ObjectStore(str(self.path))).hold("run", work) as mine:
-            if not mine:
+        claims, began = Claims(ObjectStore(str(self.path)), lease_s), time.monotonic()
+        while True:
+            with claims.hold("run", work) as mine:
+                if mine:
+                    yield
+                    return
+            if time.monotonic() - began > 1.2 * lease_s:
                 raise Held(
                     f"another process is at this run's {work}",
-                    where=self.path,
+                    where=self.path / "claims" / "run",
                     remedy="wait for it, or stop it and run the same command again",
                 )
-            yield
+            time.sleep(min(1.0, lease_s / 10))
 
     @property
     def hashes(self) -> FileHashes:
@@ -313,8 +321,14 @@ def _shared_vocabulary(student: Path, teacher: Path) -> str:
 
 
 def _same(began: RunConfig, now: RunConfig, folder: RunFolder) -> None:
-    """A run that is under way keeps its meaning; only what cannot change it may change."""
-    old, new = (_flat(c.model_dump(mode="json", exclude=set(_MAY_CHANGE))) for c in (began, now))
+    """A run that is under way keeps its meaning; only what cannot change it may change.
+
+    The learning rate of a schedule with an end depends on the number of rounds.
+    """
+    may = set(_MAY_CHANGE)
+    if began.train.optimizer.schedule != "constant":
+        may.remove("rounds")
+    old, new = (_flat(c.model_dump(mode="json", exclude=may)) for c in (began, now))
     changed = [name for name in {**new, **old} if old.get(name) != new.get(name)]
     if changed:
         raise RunChanged(

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 import opdcache
 from opdcache.errors import ChecksumMismatch, InputsMissing, StoreError
 from opdcache.runfolder import RunFolder
+from opdcache.schemas.rounds import RolloutRound
 from opdcache.store.cache import Cache
 from opdcache.store.scores import Scores, TopK
 from opdcache.torch_data import StreamedSamples, TorchSamples, as_tensors, collate
@@ -117,6 +118,24 @@ def test_one_round_and_some_columns_can_be_asked_for(run: Path) -> None:
     assert len(last) == len(ROWS[2])
     assert last[0].scores.topk is None
     assert last[0].scores.entropy is not None
+
+
+def test_columns_that_the_run_does_not_store_are_refused(run: Path) -> None:
+    with pytest.raises(InputsMissing, match="stores none of the columns sampled"):
+        opened(run, columns=iter(["sampled"]))
+    every = opened(run, columns=iter(["topk"]))
+    assert all(sample.scores.topk is not None for sample in every)
+
+
+def test_of_several_sets_of_one_teacher_the_widest_is_read(run: Path) -> None:
+    cache = Cache(str(run.parent / "cache"))
+    shard = RunFolder(run).need(RolloutRound, 0).shards[0]
+    narrow = SCORES[0]
+    assert narrow.topk is not None
+    commit_scores(cache, shard, Scores(narrow.token_offsets, topk=narrow.topk.cut(1)), ["topk"])
+    for sample in opdcache.open_cache(run.parent / "cache").scored_by(TEACHER):
+        assert sample.scores.topk is not None
+        assert sample.scores.topk.ids.shape[1] == K
 
 
 def test_what_a_teacher_scored_is_found_without_a_run(run: Path) -> None:

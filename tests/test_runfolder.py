@@ -82,12 +82,31 @@ def test_another_chat_template_under_the_same_vocabulary_is_noticed(
 
 def test_only_one_process_trains_a_run(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
-    with folder.alone("training"):
-        with pytest.raises(Held, match="another process") as held, folder.alone("training"):
+    with folder.alone("training", lease_s=0.5):
+        with pytest.raises(Held, match="another process") as held, folder.alone("training", 0.5):
             pass
         assert held.value.exit_code == 75
     with folder.alone("training"):
         pass
+
+
+def test_a_trainer_on_a_machine_that_was_lost_does_not_lock_its_run(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    claim = tmp_path / "claims" / "run" / "training.0"
+    claim.parent.mkdir(parents=True)
+    elsewhere = {"machine": "another", "pid": 1, "started": "1"}
+    claim.write_text(json.dumps({"nonce": "0", "process": elsewhere}))
+    with folder.alone("training", lease_s=0.5):
+        assert not claim.exists()
+
+
+def test_more_rounds_are_refused_where_the_learning_rate_depends_on_them(
+    base: dict[str, object],
+) -> None:
+    train = {"optimizer": {"schedule": "linear"}}
+    opened(base | {"train": train})
+    with pytest.raises(RunChanged, match="rounds changed"):
+        opened(base | {"train": train, "rounds": 5})
 
 
 def test_a_corrected_answer_makes_another_rollout_shard(

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..errors import InputsMissing
 from ..heads import TeacherStats
 from ..identity import key_of
 from ..runfolder import RunContext, model_folder
@@ -46,11 +47,13 @@ def run(context: RunContext, round_index: int) -> ScoreRound:
     rollouts = context.folder.need(RolloutRound, round_index).shards
     need = requirement(context)
     tasks = {task.key: task for task in plan_round(context, rollouts)}
-    context.cache.pin(context.resolved.run_id, "scores", tasks)
+    found = {key: context.cache.serve(t.rollout.content, need) for key, t in tasks.items()}
+    serving = [manifest.key for sets in found.values() for manifest, _ in sets or ()]
+    context.cache.pin(context.resolved.run_id, "scores", [*tasks, *serving])
     missing = tuple(
-        score_commit(task.rollout.content, need.teacher, task.key)
-        for task in tasks.values()
-        if context.cache.serve(task.rollout.content, need) is None
+        score_commit(task.rollout.content, need.teacher, key)
+        for key, task in tasks.items()
+        if found[key] is None
     )
     context.folder.write_plan(
         ScoreRound, round_index, StagePlan(num_shards=len(tasks), missing=missing)
@@ -123,7 +126,12 @@ def plan_round(context: RunContext, rollouts: Sequence[RolloutShard]) -> list[Sc
 
 def _served(context: RunContext, rollout: RolloutShard, need: ScoreRequirement) -> ScoredShard:
     served = context.cache.serve(rollout.content, need)
-    assert served is not None, "the stage made what was missing"
+    if served is None:
+        raise InputsMissing(
+            "a score set went away while the stage ran",
+            where=context.cache.objects.at(f"commits/scores/{rollout.content}"),
+            remedy="run the same command again",
+        )
     return ScoredShard(
         content=rollout.content,
         served=tuple(columns for _, columns in served),

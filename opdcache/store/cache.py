@@ -212,19 +212,28 @@ class Cache:
     def scored_by(
         self, teacher: str, columns: frozenset[ScoreColumn]
     ) -> list[tuple[RolloutShard, tuple[ServedColumns, ...]]]:
-        """Rollout shards that one committed set of a teacher serves these columns of, by key."""
-        found = {}
+        """Rollout shards that one committed set of a teacher serves these columns of, by key.
+
+        Of several sets the widest is taken, then the finest.
+        """
+        best: dict[str, ScoreManifest] = {}
         for info in self.objects.list("commits/scores"):
             if info.path.split("/")[-2] != teacher:
                 continue
             manifest = self._load(info.path, ScoreManifest)
             if manifest is None or not columns <= set(manifest.identity.columns):
                 continue
-            rollout = self.rollouts(manifest.rollout_key)
-            if rollout is not None and rollout.content == manifest.identity.content:
-                served = ServedColumns(key=manifest.key, columns=tuple(sorted(columns)))
-                found[rollout.key] = (as_listed(rollout, cached=True), (served,))
-        return [found[key] for key in sorted(found)]
+            content = manifest.identity.content
+            if content not in best or _goodness(manifest) > _goodness(best[content]):
+                best[content] = manifest
+        found: list[tuple[RolloutShard, tuple[ServedColumns, ...]]] = []
+        for info in sorted(self.objects.list("commits/rollouts"), key=lambda o: o.path):
+            rollout = self._load(info.path, RolloutManifest)
+            if rollout is not None and rollout.content in best:
+                key = best[rollout.content].key
+                served = ServedColumns(key=key, columns=tuple(sorted(columns)))
+                found.append((as_listed(rollout, cached=True), (served,)))
+        return found
 
     def attempt(self, key: str) -> Attempt:
         """A new attempt at a shard."""
@@ -257,12 +266,26 @@ class Cache:
         data = canonical_json({kind: sorted(set(keys))})
         self.objects.create(f"runs/{run_id}/{digest([kind, sorted(set(keys))])[:16]}.json", data)
 
-    def pins(self, run_id: str) -> dict[str, set[str]]:
-        """Every key that a run has pinned, by kind."""
-        pinned: dict[str, set[str]] = {}
+    def pins(self, run_id: str) -> dict[Kind, set[str]]:
+        """Every key that a run has pinned, by kind.
+
+        Raises:
+            ChecksumMismatch: what is stored is not what was pinned.
+        """
+        pinned: dict[Kind, set[str]] = {}
         for info in self.objects.list(f"runs/{run_id}"):
-            for kind, keys in json.loads(self.objects.get(info.path)).items():
-                pinned.setdefault(kind, set()).update(keys)
+            try:
+                ((kind, keys),) = json.loads(self.objects.get(info.path)).items()
+                sound = info.path.endswith(f"/{digest([kind, keys])[:16]}.json")
+            except (ValueError, TypeError, AttributeError):
+                sound = False
+            if not sound:
+                raise ChecksumMismatch(
+                    "not the keys that a run pinned",
+                    where=self.objects.at(info.path),
+                    remedy="delete it, and run that run's stages again before any clean-up",
+                )
+            pinned.setdefault(kind, set()).update(keys)
         return pinned
 
     def _load(self, path: str, kind: type[AnyManifest]) -> AnyManifest | None:
@@ -340,6 +363,12 @@ class Cache:
                 remedy=_REMEDY,
             )
         return entry.path, data
+
+
+def _goodness(manifest: ScoreManifest) -> tuple[int, float, float, str]:
+    """Wider, then finer; the key settles the rest, alike on every machine."""
+    identity = manifest.identity
+    return identity.k, identity.mass, -identity.step, manifest.key
 
 
 def as_listed(manifest: RolloutManifest, *, cached: bool) -> RolloutShard:

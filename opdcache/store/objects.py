@@ -119,14 +119,15 @@ class ObjectStore:
         except ObjectMissing:
             return
 
-    def leftovers(self) -> Iterator[ObjectInfo]:
-        """Files of a local store that a killed writer left half-written: no listing has them."""
+    def leftovers(self, prefix: str) -> Iterator[ObjectInfo]:
+        """Files below a folder of a local store that a killed writer left half-written: no listing
+        has them."""
         folder = self._folder
         if folder is None:
             return
-        for file in folder.rglob("*#*"):
+        for file in (folder / prefix).rglob("*#*"):
             with suppress(FileNotFoundError):  # its writer may have finished
-                if _CUT_SHORT.search(file.name):
+                if _CUT_SHORT.search(file.name) and file.is_file():
                     path, stat = str(file.relative_to(folder)), file.stat()
                     changed = datetime.fromtimestamp(stat.st_mtime, UTC)
                     yield ObjectInfo(path, stat.st_size, None, changed)

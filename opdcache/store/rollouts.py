@@ -9,7 +9,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from ..schemas.columns import rollout_schema
+from ..errors import InvalidShard
+from ..schemas.columns import ROLLOUT_COLUMNS, rollout_schema
 
 FILE = "rollouts.parquet"
 Scalar = TypeVar("Scalar", bound=np.generic)
@@ -66,8 +67,20 @@ def encode_rollouts(table: pa.Table) -> bytes:
 
 
 def decode_rollouts(data: bytes) -> pa.Table:
-    """Inverse of ``encode_rollouts``."""
-    return pq.read_table(pa.BufferReader(data))
+    """Inverse of ``encode_rollouts``.
+
+    Raises:
+        InvalidShard: not a Parquet file, or one without a rollout's columns.
+    """
+    try:
+        table = pq.read_table(pa.BufferReader(data))
+    except (pa.ArrowException, OSError) as error:
+        raise InvalidShard(f"not a rollout shard: {error}") from error
+    needed = {column.name for column in ROLLOUT_COLUMNS if not column.optional}
+    absent = needed - set(table.column_names)
+    if absent:
+        raise InvalidShard(f"not a rollout shard: no column {sorted(absent)[0]}")
+    return table
 
 
 def token_lists(table: pa.Table, column: str) -> list[NDArray[np.int32]]:

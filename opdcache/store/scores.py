@@ -4,7 +4,8 @@ The group is encoded in memory, object by object, so that every object's hash is
 stored, and ``zarr.open_group`` reads it without this package. ``docs/format.md`` has the layout.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -221,9 +222,15 @@ class OpenScores:
 
         Args:
             rows: completions, ``start`` and ``stop`` given; all by default.
+
+        Raises:
+            InvalidShard: an array is missing, or cannot be decoded.
         """
         rows = rows or slice(0, len(self.token_offsets) - 1)
-        offsets = self.token_offsets[rows.start : rows.stop + 1]
+        with _decoding():
+            return self._read(columns, self.token_offsets[rows.start : rows.stop + 1])
+
+    def _read(self, columns: frozenset[ScoreColumn], offsets: NDArray[np.int64]) -> Scores:
         start, stop = int(offsets[0]), int(offsets[-1])
         have = {spec.column for spec in SCORE_ARRAYS if spec.name in self._arrays} & columns
         topk = student = None
@@ -286,7 +293,7 @@ def open_scores(objects: Mapping[str, bytes]) -> OpenScores:
     def whole(name: str) -> NDArray[Any]:
         return arrays[name].read(0, arrays[name].shape[0])
 
-    try:
+    with _decoding():
         rank_ids = whole("rank_ids").astype(np.int32) if "rank_ids" in arrays else None
         return OpenScores(
             attributes,
@@ -294,7 +301,14 @@ def open_scores(objects: Mapping[str, bytes]) -> OpenScores:
             arrays,
             np.zeros(0, np.int32) if rank_ids is None else rank_ids,
         )
-    except (KeyError, ValueError, RuntimeError) as error:
+
+
+@contextmanager
+def _decoding() -> Iterator[None]:
+    """Whatever an array's bytes make numpy and Blosc say, as one error."""
+    try:
+        yield
+    except (KeyError, ValueError, IndexError, TypeError, RuntimeError) as error:
         raise InvalidShard(f"not a score shard: {error!r}") from error
 
 

@@ -12,10 +12,10 @@ from datetime import datetime, timedelta
 import numpy as np
 import pyarrow as pa
 
-from ..errors import InvalidShard, ObjectMissing, OpdcacheError
+from ..errors import IntegrityError, InvalidShard, ObjectMissing, OpdcacheError
 from ..schemas.manifests import RolloutManifest, ScoreManifest
 from . import rollouts
-from .cache import Cache, commit_path, data_prefix
+from .cache import Cache, commit_path
 from .scores import Scores
 
 AnyManifest = RolloutManifest | ScoreManifest
@@ -47,9 +47,15 @@ class Problem:
 
 @dataclass(frozen=True, slots=True)
 class Garbage:
-    """What a clean-up takes away: commits first, then objects, so that no shard is half there."""
+    """What a clean-up takes away: the commit first, then objects, so that no shard is half there.
+
+    Attributes:
+        key: of the shard; empty when it is no shard.
+        commit: path of the manifest, when there is one.
+    """
 
     reason: str
+    key: str
     commit: str | None
     objects: tuple[str, ...]
     size_bytes: int
@@ -63,6 +69,7 @@ class Copied:
     size_bytes: int = 0
     present: int = 0
     left_behind: dict[str, int] = field(default_factory=dict)
+    damaged: list[Problem] = field(default_factory=list)
 
 
 def listed(cache: Cache) -> list[Listed]:
@@ -83,7 +90,7 @@ def listed(cache: Cache) -> list[Listed]:
 def pinned(cache: Cache) -> dict[tuple[str, str], set[str]]:
     """Runs that use a shard, by its kind and key."""
     users: dict[tuple[str, str], set[str]] = defaultdict(set)
-    for run in {info.path.split("/")[1] for info in cache.objects.list("runs")}:
+    for run in _runs(cache):
         for kind, keys in cache.pins(run).items():
             for key in keys:
                 users[kind, key].add(run)
@@ -100,6 +107,11 @@ def verify(
         advance: called after every shard.
     """
     problems = []
+    for run in _runs(cache):
+        try:
+            cache.pins(run)
+        except OpdcacheError as error:
+            problems.append(Problem(f"runs/{run}", str(error)))
     for path, _ in sorted(_commits(cache)):
         try:
             manifest = cache.manifest(path)
@@ -118,13 +130,19 @@ def garbage(cache: Cache, *, grace: timedelta = timedelta(hours=24)) -> list[Gar
 
     Nothing that a run pins or a claim holds is listed, and nothing younger than the grace period,
     by the store's own clock.
+
+    Raises:
+        IntegrityError: a manifest or a pin is damaged, so that it cannot be said what is used.
     """
     now = cache.objects.now()
-    users, claimed = pinned(cache), _claimed(cache, now - grace)
+    users, claimed = pinned(cache), _claimed(cache, now, grace)
     objects: dict[tuple[str, str], list[tuple[str, int]]] = defaultdict(list)
     newest: dict[tuple[str, str], datetime] = {}
     for info in cache.objects.list("data"):
-        _, _, key, attempt, _ = info.path.split("/", 4)
+        parts = info.path.split("/", 4)
+        if len(parts) < 5:
+            continue  # not ours
+        key, attempt = parts[2:4]
         objects[key, attempt].append((info.path, info.size_bytes))
         newest[key, attempt] = max(
             info.last_modified, newest.get((key, attempt), info.last_modified)
@@ -138,60 +156,78 @@ def garbage(cache: Cache, *, grace: timedelta = timedelta(hours=24)) -> list[Gar
         committed.add(place)
         used = (manifest.kind, manifest.key) in users or manifest.key in claimed
         if not used and at < now - grace:
-            found.append(_garbage("no run uses it", path, objects.get(place, [])))
+            found.append(_garbage("no run uses it", manifest.key, path, objects.get(place, [])))
     for place, paths in objects.items():
         if place not in committed and place[0] not in claimed and newest[place] < now - grace:
-            found.append(_garbage("an attempt that was not committed", None, paths))
+            found.append(_garbage("an attempt that was not committed", place[0], None, paths))
     found += [
-        _garbage("a write that was cut short", None, [(left.path, left.size_bytes)])
-        for left in cache.objects.leftovers()
+        _garbage("a write that was cut short", "", None, [(left.path, left.size_bytes)])
+        for prefix in ("commits", "data", "claims", "runs")
+        for left in cache.objects.leftovers(prefix)
         if left.last_modified < now - grace
     ]
     return found
 
 
-def collect(cache: Cache, found: list[Garbage]) -> None:
-    """Take garbage away."""
-    for item in found:
+def collect(cache: Cache, found: list[Garbage]) -> list[Garbage]:
+    """Take garbage away, but for what a run or a worker took up since it was found.
+
+    Returns:
+        What was taken away.
+    """
+    now = cache.objects.now()
+    taken_up = {key for _, key in pinned(cache)} | _claimed(cache, now, timedelta(0))
+    gone = [item for item in found if item.key not in taken_up]
+    for item in gone:
         if item.commit is not None:
             cache.objects.delete(item.commit)
         for path in item.objects:
             cache.objects.delete(path)
+    return gone
 
 
 def copy(source: Cache, destination: Cache, say: Callable[[str], None] = lambda _: None) -> Copied:
-    """Bring every shard of a cache to another, checked on the way.
+    """Bring every shard of a cache to another, checked on the way, and the pins that keep them.
 
     Where both hold a rollout key with other tokens, the destination's stays, and the scores of the
-    other tokens are left behind, counted.
-
-    Raises:
-        IntegrityError: a shard of the source is not what was committed.
+    other tokens are left behind, counted. A damaged shard is named, and the others are copied.
     """
     done = Copied()
+    for run in _runs(source):
+        for kind, keys in source.pins(run).items():
+            destination.pin(run, kind, keys)  # before the shards: no clean-up comes between
     for path, _ in sorted(_commits(source), key=lambda commit: commit[0]):
-        manifest = source.manifest(path)
-        if manifest is None:
-            continue
-        reason = _unwelcome(destination, manifest)
-        if reason is not None:
-            done.left_behind[reason] = done.left_behind.get(reason, 0) + 1
-        elif destination.manifest(path) is not None:
-            done.present += 1
-        else:
-            _copy_shard(source, destination, manifest)
-            done.shards += 1
-            done.size_bytes += sum(entry.size_bytes for entry in manifest.objects)
-            say(f"copied {manifest.kind} {manifest.key[:12]}")
+        try:
+            manifest = source.manifest(path)
+            if manifest is not None:
+                _copy_shard(source, destination, manifest, done, say)
+        except (IntegrityError, ObjectMissing) as error:
+            done.damaged.append(Problem(path, str(error)))
     return done
 
 
-def _copy_shard(source: Cache, destination: Cache, manifest: AnyManifest) -> None:
-    prefix = data_prefix(manifest.key, manifest.attempt)
-    for path, data in source.objects_of(manifest).items():
-        destination.objects.put(f"{prefix}/{path}", data)
-    path = commit_path(manifest)
-    destination.objects.create(path, source.objects.get(path))
+def _copy_shard(
+    source: Cache,
+    destination: Cache,
+    manifest: AnyManifest,
+    done: Copied,
+    say: Callable[[str], None],
+) -> None:
+    reason = _unwelcome(destination, manifest)
+    if reason is not None:
+        done.left_behind[reason] = done.left_behind.get(reason, 0) + 1
+        return
+    if destination.manifest(commit_path(manifest)) is not None:
+        done.present += 1
+        return
+    with destination.claims.hold(manifest.kind, manifest.key):  # against clean-ups
+        attempt = destination.attempt(manifest.key)
+        for path, data in source.objects_of(manifest).items():
+            attempt.put(path, data)
+        destination.commit(attempt, manifest.model_copy(update={"attempt": attempt.name}))
+    done.shards += 1
+    done.size_bytes += sum(entry.size_bytes for entry in manifest.objects)
+    say(f"copied {manifest.kind} {manifest.key[:12]}")
 
 
 def _unwelcome(destination: Cache, manifest: AnyManifest) -> str | None:
@@ -209,17 +245,25 @@ def _unwelcome(destination: Cache, manifest: AnyManifest) -> str | None:
 
 def _commits(cache: Cache) -> Iterator[tuple[str, datetime]]:
     for info in cache.objects.list("commits"):
-        yield info.path, info.last_modified
+        if info.path.endswith(".json"):
+            yield info.path, info.last_modified
 
 
-def _claimed(cache: Cache, since: datetime) -> set[str]:
-    """Keys with a claim that beat since then."""
+def _runs(cache: Cache) -> list[str]:
+    """Ids of the runs that pin something."""
+    return sorted({info.path.split("/")[1] for info in cache.objects.list("runs")})
+
+
+def _claimed(cache: Cache, now: datetime, grace: timedelta) -> set[str]:
+    """Keys whose claim beat within the grace, or within a few leases, which is longer."""
+    since = now - max(grace, timedelta(seconds=4 * cache.claims.lease_s))
     claims = cache.objects.list("claims")
     return {i.path.rsplit("/", 1)[1].rpartition(".")[0] for i in claims if i.last_modified >= since}
 
 
-def _garbage(reason: str, commit: str | None, objects: list[tuple[str, int]]) -> Garbage:
-    return Garbage(reason, commit, tuple(p for p, _ in objects), sum(size for _, size in objects))
+def _garbage(reason: str, key: str, commit: str | None, objects: list[tuple[str, int]]) -> Garbage:
+    size_bytes = sum(size for _, size in objects)
+    return Garbage(reason, key, commit, tuple(path for path, _ in objects), size_bytes)
 
 
 def _check_contents(cache: Cache, manifest: AnyManifest) -> None:
@@ -262,8 +306,9 @@ def _rollout_faults(table: pa.Table, manifest: RolloutManifest) -> dict[str, boo
         ),
         "an id is not in the vocabulary": bool(np.any((ids < 0) | (ids >= manifest.vocab_size))),
         "a sampled log-prob is above 0 or not finite": any(
-            not bool(np.all(rollouts.flat_tokens(table, n, np.float32) <= 1e-3))
+            not np.all(np.isfinite(values) & (values <= 1e-3))
             for n in ("behavior_logprobs", "sampling_logprobs")
+            for values in [rollouts.flat_tokens(table, n, np.float32)]
         ),
     }
 
@@ -286,9 +331,6 @@ def _score_faults(
         outside = (topk.ids < 0) | (topk.ids >= manifest.vocab_size)
         faults |= {
             "more entries are kept than there are": bool(np.any(topk.num_kept > kept.shape[1])),
-            "kept log-probs do not descend": bool(
-                np.any((np.diff(topk.logprobs, axis=1) > 0) & kept[:, 1:])
-            ),
             "entries and tail hold more than all mass": bool(np.any(held > 1 + _MASS_SLACK)),
             "an id is not in the vocabulary": bool(np.any(outside & kept)),
             "a token keeps an id twice": bool(np.any(distinct == 0)),

@@ -79,10 +79,19 @@ class RoundSamples:
 
     Args:
         k: teacher and recorded entries a token that the loss looks at.
+        mass: teacher entries are used until they hold this; a set that serves may hold more.
     """
 
-    def __init__(self, cache: Cache, rollouts: RolloutRound, scores: ScoreRound, k: int) -> None:
-        self._cache, self._rollouts, self._scores, self._k = cache, rollouts.shards, scores, k
+    def __init__(
+        self,
+        cache: Cache,
+        rollouts: RolloutRound,
+        scores: ScoreRound,
+        k: int,
+        mass: float = 1.0,
+    ) -> None:
+        self._cache, self._rollouts, self._scores = cache, rollouts.shards, scores
+        self._k, self._mass = k, mass
         rows = [shard.num_rows for shard in self._rollouts]
         self._starts = np.concatenate([[0], np.cumsum(rows)])
         self._shard = lru_cache(maxsize=_SHARDS_IN_MEMORY)(self._read)
@@ -132,7 +141,7 @@ class RoundSamples:
             assert len(present) in (0, len(pieces)), "a round's shards have the same columns"
             return needed(present) if present else None
 
-        topk = [found for p in pieces if (found := p.topk(self._k)) is not None]
+        topk = [found for p in pieces if (found := p.topk(self._k, self._mass)) is not None]
         recorded = [own for p in pieces if (own := p.recorded(self._k)) is not None]
         return MicroBatch(
             input_ids_BL=torch.from_numpy(padded).to(device),
@@ -213,9 +222,9 @@ class _Piece:
         values: NDArray[np.float32] | None = getattr(self.shard.scores, name)
         return None if values is None else values[self.tokens]
 
-    def topk(self, k: int) -> TopK | None:
+    def topk(self, k: int, mass: float) -> TopK | None:
         whole = self.shard.scores.topk
-        return None if whole is None else whole.at(self.tokens).cut(k)
+        return None if whole is None else whole.at(self.tokens).cut(k, mass)
 
     def recorded(self, k: int) -> tuple[NDArray[Any], ...] | None:
         scores = self.shard.scores.student_topk

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import torch
 
-from ..errors import EngineError, InputsMissing, Interrupted, RunChanged
+from ..errors import EngineError, Held, InputsMissing, Interrupted, RunChanged
 from ..identity import digest, model_fingerprint
 from ..runfolder import RunContext
 from ..schemas.rounds import RolloutRound, ScoreRound, TrainRound
@@ -36,6 +36,12 @@ def run(context: RunContext, round_index: int) -> TrainRound:
         return done
     is_first = os.environ.get("RANK", "0") == "0"
     with context.folder.alone("training") if is_first else nullcontext():
+        if is_first and context.folder.find(TrainRound, round_index) is not None:
+            raise Held(
+                f"another process finished round {round_index} meanwhile",
+                where=context.folder.path,
+                remedy="run the same command again, to see that it is done",
+            )
         _train(context, round_index)
     return context.folder.need(TrainRound, round_index)
 
@@ -71,7 +77,9 @@ class _Training:
         rollouts = folder.need(RolloutRound, round_index)
         scores = folder.need(ScoreRound, round_index)
         self._contents = digest([shard.content for shard in rollouts.shards])
-        self._samples = RoundSamples(context.cache, rollouts, scores, self._loss.k)
+        self._samples = RoundSamples(
+            context.cache, rollouts, scores, self._loss.k, config.score.mass
+        )
         self._order = self._samples.order(config.seed, round_index, self._train.epochs)
         self._num_updates = -(-len(self._order) // self._train.batch_samples)
         context.progress.say(f"starting DeepSpeed for {context.student(round_index).name}")
