@@ -42,7 +42,7 @@ def run_file(folder: Path, model: Path, dtype: str, num_completions: int) -> Pat
             "sampling": {"max_tokens": MAX_TOKENS},
             "shard_samples": 128,
             "dtype": dtype,
-            "engine": {"max_model_len": 512},
+            "engine": {"max_model_len": 256},
         },
     }
     path = folder / "run.yaml"

@@ -368,7 +368,7 @@ def test_rounds_added_to_a_finished_run_are_trained(
 def test_a_model_that_is_its_own_teacher_is_at_no_distance_from_it(
     tmp_path: Path, tiny_student: Path
 ) -> None:
-    measured = parity(tmp_path, tiny_student, "bfloat16", 20_000)
+    measured = parity(tmp_path, tiny_student, "bfloat16", 40_000)  # many completions end early
     assert measured["num_tokens"] >= 20_000
     assert 0 < measured["reverse_kl"] < 5e-3
 
