@@ -3,6 +3,7 @@
 import os
 import socket
 import subprocess
+import sysconfig
 import time
 import urllib.error
 import urllib.request
@@ -50,7 +51,7 @@ class S3Server:
         with (self._folder / "log").open("ab") as log:
             self._process = subprocess.Popen(
                 [
-                    "weed",
+                    Path(sysconfig.get_path("scripts")) / "weed",
                     "server",
                     f"-dir={self._folder}",
                     *address,

@@ -290,6 +290,25 @@ def test_shards_that_were_scored_with_different_k_stand_in_one_micro_batch(
         assert batch.topk_TK[n, :kept].tolist() == [-(p / 8 + j) for j in range(kept)]
 
 
+def test_a_set_that_holds_more_mass_than_the_run_asks_is_cut_to_it(tmp_path: Path) -> None:
+    store, half = Cache(str(tmp_path / "cache")), float(np.log(0.5))
+    shard = commit_rollouts(store, [row_of(0, 1)])
+    topk = TopK(
+        ids=np.asarray([[5, 6, 7]], np.int32),
+        logprobs=np.asarray([[half, 2 * half, 3 * half]], np.float32),
+        num_kept=np.asarray([3], np.uint16),
+        tail_logprobs=np.asarray([3 * half], np.float32),
+    )
+    scores = Scores(np.asarray([0, 1]), topk=topk)
+    pinned = rounds([shard], [[commit_scores(store, shard, scores, ("topk",))]])
+    for mass, kept in ((1.0, 3), (0.7, 2), (0.4, 1)):
+        batch = RoundSamples(store, *pinned, 3, mass).collate([0], CPU)
+        assert batch.kept_TK is not None
+        assert batch.tail_T is not None
+        assert int(batch.kept_TK.sum()) == kept
+        assert float(batch.tail_T.exp()) == pytest.approx(0.5 ** min(kept, 3), abs=2e-3)
+
+
 def test_columns_that_are_not_stored_are_none(tmp_path: Path) -> None:
     store = Cache(str(tmp_path / "cache"))
     shard = commit_rollouts(store, [row_of(0, 3), row_of(1, 2)])

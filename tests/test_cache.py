@@ -390,6 +390,14 @@ def test_a_richer_set_serves(
     assert served_by(cache, rollout, need("topk", "student_topk")) == [scores.key]
 
 
+def test_entries_kept_among_other_ids_do_not_serve(cache: Cache) -> None:
+    rollout = commit_rollouts(cache)
+    scores = commit_scores(cache, rollout, *SCORE_COLUMNS)
+
+    assert served_by(cache, rollout, need("topk", num_ids=VOCAB_SIZE - 1)) is None
+    assert served_by(cache, rollout, need("sampled", num_ids=VOCAB_SIZE - 1)) == [scores.key]
+
+
 def test_a_set_with_a_higher_mass_threshold_serves(cache: Cache, rollout: RolloutManifest) -> None:
     scores = commit_scores(cache, rollout, "topk", mass=0.99)
 

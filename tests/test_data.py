@@ -162,6 +162,14 @@ def test_a_changed_byte_is_met_when_its_shard_is_read(run: Path) -> None:
         list(opened(run))
 
 
+def test_no_more_shards_are_held_than_is_said(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("opdcache.data.SHARDS_IN_MEMORY", 1)
+    samples = opened(run)
+    for i in (0, 3, 5, 0):
+        assert_is(samples[i], EXPECTED[i])
+    assert len(samples._open) == 1
+
+
 def test_threads_read_what_one_reader_reads(run: Path) -> None:
     samples = opened(run)
     order = [int(i) for i in np.random.default_rng(0).integers(len(samples), size=200)]
