@@ -15,7 +15,7 @@ from opdcache.schemas.rounds import (
     ServedColumns,
 )
 from opdcache.store import rollouts
-from opdcache.store.cache import Cache
+from opdcache.store.cache import Cache, as_listed
 from opdcache.store.scores import Scores
 
 from . import shards
@@ -57,14 +57,7 @@ def commit_rollouts(cache: Cache, rows: Sequence[Row], *, name: str = "shard") -
     )
     width = int(rows[0].recorded_ids_TS.shape[1])
     manifest = shards.commit_rollouts(cache, name, table, student_topk=width)
-    return RolloutShard(
-        key=manifest.key,
-        content=manifest.content,
-        task=manifest.task,
-        num_rows=manifest.num_rows,
-        num_tokens=manifest.num_tokens,
-        cached=False,
-    )
+    return as_listed(manifest, cached=False)
 
 
 def commit_scores(

@@ -344,7 +344,7 @@ def test_scores_of_another_number_of_tokens_than_stated_are_refused(cache: Cache
     (stated,) = cache.score_sets(rollout.content, TEACHER)
 
     with pytest.raises(InvalidShard, match=r"expected 4, got 3"):
-        cache.read_scores(stated, ["sampled"])
+        cache.open_scores(stated)
 
 
 def test_a_shard_that_was_generated_anew_is_not_the_pinned_one(cache: Cache) -> None:

@@ -19,7 +19,6 @@ from opdcache.store.scores import (
     Scores,
     StudentTopK,
     TopK,
-    decode_scores,
     encode_scores,
     open_scores,
 )
@@ -108,7 +107,7 @@ def offsets(*lengths: int) -> NDArray[np.int64]:
 
 
 def round_trip(scores: Scores, step: float = STEP) -> Scores:
-    return decode_scores(encode_scores(scores, step=step, attributes={}), ALL)
+    return open_scores(encode_scores(scores, step=step, attributes={})).read(ALL)
 
 
 @QUICK
@@ -347,7 +346,7 @@ def test_a_shard_of_zeros_alone_round_trips_though_zarr_stores_no_chunk_of_them(
     scores = Scores(token_offsets=np.asarray([0, num_tokens]), topk=topk)
     objects = encode_scores(scores, step=STEP, attributes={})
     assert not [path for path in objects if path.startswith("topk_ranks/c")]
-    decoded = decode_scores(objects, ALL).topk
+    decoded = open_scores(objects).read(ALL).topk
     assert decoded is not None
     for name in TopK.__slots__:
         assert np.array_equal(getattr(decoded, name), getattr(topk, name)), name
@@ -386,7 +385,7 @@ def test_only_the_asked_for_columns_are_decoded() -> None:
         Scores(offsets(1), sampled_logprobs=plain, entropy=-plain), step=STEP, attributes={}
     )
 
-    got = decode_scores(objects, frozenset[ScoreColumn]({"entropy", "topk"}))
+    got = open_scores(objects).read(frozenset[ScoreColumn]({"entropy", "topk"}))
 
     assert got.columns == {"entropy"}
 

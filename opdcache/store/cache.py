@@ -184,10 +184,6 @@ class Cache:
             )
         return opened
 
-    def read_scores(self, manifest: ScoreManifest, columns: Iterable[ScoreColumn]) -> scores.Scores:
-        """The shard's scores, decoded; see ``open_scores``."""
-        return self.open_scores(manifest).read(frozenset(columns))
-
     def open_score_set(
         self, content: str, teacher: str, served: Iterable[ServedColumns]
     ) -> ScoreSet:
@@ -336,16 +332,12 @@ class Cache:
             return self._load(path, RolloutManifest)
         return self._load(path, ScoreManifest)
 
-    def check(self, manifest: RolloutManifest | ScoreManifest) -> None:
-        """Read a shard's objects.
+    def objects_of(self, manifest: RolloutManifest | ScoreManifest) -> dict[str, bytes]:
+        """Every object of a shard by path, its size and hash checked.
 
         Raises:
             ObjectMissing, ChecksumMismatch: one is not what was committed.
         """
-        self.objects_of(manifest)
-
-    def objects_of(self, manifest: RolloutManifest | ScoreManifest) -> dict[str, bytes]:
-        """Every object of a shard by path, its size and hash checked."""
         prefix = data_prefix(manifest.key, manifest.attempt)
         with ThreadPoolExecutor(max_workers=16) as pool:
             return dict(pool.map(lambda entry: self._checked(prefix, entry), manifest.objects))

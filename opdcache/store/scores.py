@@ -310,13 +310,3 @@ def _decoding() -> Iterator[None]:
         yield
     except (KeyError, ValueError, IndexError, TypeError, RuntimeError) as error:
         raise InvalidShard(f"not a score shard: {error!r}") from error
-
-
-def decode_scores(objects: Mapping[str, bytes], columns: frozenset[ScoreColumn]) -> Scores:
-    """The asked-for columns that the group holds; the others are None.
-
-    Args:
-        objects: the group's objects by path below ``scores.zarr/``.
-        columns: columns to decode.
-    """
-    return open_scores(objects).read(columns)

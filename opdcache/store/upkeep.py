@@ -116,7 +116,7 @@ def verify(
         try:
             manifest = cache.manifest(path)
             if manifest is not None:
-                cache.check(manifest)
+                cache.objects_of(manifest)
                 if deep:
                     _check_contents(cache, manifest)
         except OpdcacheError as error:
