@@ -29,6 +29,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from opdcache.schemas.columns import Compression
 from opdcache.store import codec
 from opdcache.store.scores import Scores, TopK, encode_scores, open_scores
 
@@ -62,7 +63,7 @@ def derived_tail(logprobs: NDArray[np.floating]) -> NDArray[np.floating]:
     return np.log(np.maximum(1 - np.exp(logprobs.astype(np.float64)).sum(axis=1), 6e-8))
 
 
-def opdcache(step: float) -> Codec:
+def opdcache(name: str, step: float, compression: Compression) -> Codec:
     """This project's score shard, with the columns of the teacher's entries alone."""
 
     def encode(kept: Kept) -> Files:
@@ -74,13 +75,13 @@ def opdcache(step: float) -> Codec:
             kept.tail.astype(np.float32),
         )
         scores = Scores(token_offsets=np.asarray([0, num_tokens]), topk=topk)
-        return encode_scores(scores, step=step, attributes={})
+        return encode_scores(scores, step=step, attributes={}, compression=compression)
 
     def decode(opened: object) -> Kept:
         topk = opened.read(frozenset({"topk"})).topk  # type: ignore[attr-defined]
         return Kept(topk.ids, topk.logprobs, topk.tail_logprobs)
 
-    return Codec("opdcache", encode, open_scores, decode)
+    return Codec(name, encode, open_scores, decode)
 
 
 def parquet_lists() -> Codec:
@@ -258,7 +259,8 @@ def main() -> None:
     vocab_size = int(ids.max()) + 1
     exact = Kept(ids, logprobs, derived_tail(logprobs))
     codecs = [
-        opdcache(asked.step),
+        opdcache("opdcache", asked.step, "blosc"),
+        opdcache("opdcache-pcodec", asked.step, "pcodec"),
         parquet_lists(),
         packed(vocab_size),
         polynomial(vocab_size, asked.k),

@@ -9,7 +9,8 @@
     │   ├── ModelError        OPD103           missing, incomplete, of another kind
     │   ├── TokenizerMismatch OPD104           models do not share token ids
     │   ├── LossError         OPD105           a loss lacks a stored column
-    │   └── RunChanged        OPD106           the run file is not what the run began with
+    │   ├── RunChanged        OPD106           the run file is not what the run began with
+    │   └── NotInstalled      OPD107           an optional package is not there
     ├── StoreError            OPD200  exit 1   storage refused or lost something
     │   ├── ObjectMissing     OPD201           an object that should be there is not
     │   ├── StoreFull         OPD202           no space left
@@ -116,6 +117,12 @@ class RunChanged(UsageError):
     """The run file no longer says what the run began with."""
 
     code = "OPD106"
+
+
+class NotInstalled(UsageError):
+    """An optional package that the input asks for is not installed."""
+
+    code = "OPD107"
 
 
 class StoreError(OpdcacheError):

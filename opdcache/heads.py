@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from .errors import ModelError
 
 CHUNK_TOKENS = 512
+_DRAW_TOKENS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +52,7 @@ class TeacherStats:
         tail_T: float32 [T], log of the mass outside the kept entries, summed over those.
         gathered_TS: float32 [T, S], log-probs of the ids asked for.
         gathered_tail_T: float32 [T], log of the mass outside those, summed over it.
+        drawn_TN: int64 [T, N], ids drawn from the distribution, with replacement.
     """
 
     sampled_T: Tensor
@@ -61,6 +63,7 @@ class TeacherStats:
     tail_T: Tensor
     gathered_TS: Tensor
     gathered_tail_T: Tensor
+    drawn_TN: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,6 +194,7 @@ def teacher_statistics(
     k: int,
     mass: float,
     num_ids: int | None = None,
+    uniforms_TN: Tensor | None = None,
     chunk_tokens: int = CHUNK_TOKENS,
 ) -> TeacherStats:
     """Everything that is stored of a teacher's distributions, in one pass over the head.
@@ -204,6 +208,7 @@ def teacher_statistics(
         k: kept entries at most; fewer when the vocabulary is smaller.
         num_ids: entries are kept among the ids below this alone, such as those that a student with
             a smaller padded vocabulary has; the others' mass is tail. All by default.
+        uniforms_TN: float64 in [0, 1); each becomes one draw from the distribution over these ids.
         mass: entries are kept until they hold this mass; 1 keeps k.
     """
     weight = _matmul_ready(weight_VD)
@@ -223,6 +228,11 @@ def teacher_statistics(
         everywhere = torch.ones_like(gathered_CS, dtype=torch.bool)
         outside_C = _log_mass_without(logits_CV, gather_TS[part], everywhere) - lse_C
         gathered_CS = gathered_CS - lse_C[:, None]
+        drawn_CN = (
+            sampled_T.new_zeros((len(lse_C), 0))
+            if uniforms_TN is None
+            else _draw(logits_CV[:, :num_ids], uniforms_TN[part])
+        )
         rows.append(
             (
                 sampled_C,
@@ -233,6 +243,7 @@ def teacher_statistics(
                 tail_C,
                 gathered_CS,
                 outside_C,
+                drawn_CN,
             )
         )
     return TeacherStats(*(torch.cat(column) for column in zip(*rows, strict=True)))
@@ -287,6 +298,19 @@ def split_head(model: nn.Module, where: Path) -> tuple[nn.Module, nn.Linear]:
             remedy="models with a logit soft cap or scale are not supported",
         )
     return body, head
+
+
+def _draw(logits_CV: Tensor, uniforms_CN: Tensor) -> Tensor:
+    """Ids [C, N] where the cumulative distribution passes each uniform number.
+
+    In float64, some tokens at a time: float32 sums lose the smallest probabilities.
+    """
+    drawn = []
+    for part in _chunks(len(logits_CV), _DRAW_TOKENS):
+        cdf_BV = torch.softmax(logits_CV[part].double(), dim=1).cumsum_(dim=1)
+        goals_BN = uniforms_CN[part] * cdf_BV[:, -1:]
+        drawn.append(torch.searchsorted(cdf_BV, goals_BN, right=True))
+    return torch.cat(drawn).clamp_(max=logits_CV.shape[1] - 1)
 
 
 def _within_mass(topk_CK: Tensor, mass: float) -> Tensor:

@@ -76,7 +76,8 @@ def as_tensors(sample: Sample) -> Tensors:
         ``input_ids`` int64 [P + T]; ``predicts`` int64 [T], the positions whose logits predict the
         completion tokens; ``sampled_ids`` int64 [T]; ``sampling_logprobs`` [T]; of the teacher
         ``teacher_sampled_logprobs`` [T], ``teacher_entropy`` [T], ``topk_ids`` int64 [T, K],
-        ``topk_logprobs`` [T, K], ``topk_kept`` bool [T, K], ``tail_logprobs`` [T]. float32, nats.
+        ``topk_logprobs`` [T, K], ``topk_kept`` bool [T, K], ``tail_logprobs`` [T], ``draw_ids`` and
+        ``draw_counts`` int64 [T, D]. float32, nats.
     """
     prompt, completion = sample.prompt_token_ids, sample.completion_token_ids
     scores, topk = sample.scores, sample.scores.topk
@@ -95,6 +96,9 @@ def as_tensors(sample: Sample) -> Tensors:
             "topk_kept": topk.kept,
             "tail_logprobs": topk.tail_logprobs,
         }
+    if scores.draws is not None:
+        arrays["draw_ids"] = scores.draws.ids.astype(np.int64)
+        arrays["draw_counts"] = scores.draws.counts.astype(np.int64)
     return {
         name: torch.from_numpy(np.array(values))  # of its own: shards are shared, and read-only
         for name, values in arrays.items()

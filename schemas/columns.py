@@ -81,10 +81,15 @@ def rollout_schema(*, answer: bool, student_topk: bool) -> pa.Schema:
     )
 
 
-ScoreColumn = Literal["sampled", "entropy", "topk", "student_topk"]
+ScoreColumn = Literal["sampled", "entropy", "topk", "student_topk", "draws"]
 """What a scorer can be asked for: one array, or several that only make sense together."""
 
 SCORE_COLUMNS: tuple[ScoreColumn, ...] = ("sampled", "entropy", "topk", "student_topk")
+"""Those that a run stores unless it says otherwise."""
+
+
+Compression = Literal["blosc", "pcodec"]
+"""Of a score array's chunks: a core codec of Zarr v3, or a smaller one that is an extension."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +138,7 @@ SCORE_ARRAYS = (
     ScoreArray(
         "topk_ranks",
         "topk",
-        ("token", "rank"),
+        ("rank", "token"),
         "uint",
         "index",
         "kept entries, likeliest first, as indexes into rank_ids; 0 past num_kept; uint16 where "
@@ -150,19 +155,20 @@ SCORE_ARRAYS = (
     ScoreArray(
         "topk_steps",
         "topk",
-        ("token", "rank"),
+        ("rank", "token"),
         "uint16",
         "step",
-        "drop of the log-prob from the entry before (from 0 for the first), in steps; 0 past "
-        "num_kept: topk_logprobs = -step * cumsum(topk_steps, axis=rank)",
+        "drop from the entry before (from 0 for the first); 0 past num_kept: with "
+        "u = step * cumsum(topk_steps, axis=rank), topk_logprobs = -where(u < 1, u, exp(u - 1))",
     ),
     ScoreArray(
         "student_topk_steps",
         "student_topk",
-        ("token", "student_rank"),
+        ("student_rank", "token"),
         "uint16",
         "step",
-        "teacher log-prob of each recorded student id: student_topk_logprobs = -step * value",
+        "teacher log-prob of each recorded student id: with u = step * student_topk_steps, "
+        "student_topk_logprobs = -where(u < 1, u, exp(u - 1))",
     ),
     ScoreArray(
         "student_tail_logprobs",
@@ -171,6 +177,23 @@ SCORE_ARRAYS = (
         "float16",
         "nats",
         "log of the teacher's mass outside the recorded student ids",
+    ),
+    ScoreArray(
+        "draw_ids",
+        "draws",
+        ("draw", "token"),
+        "uint",
+        "token id",
+        "distinct ids drawn from the teacher's distribution, most often drawn first, then by id; "
+        "0 past them",
+    ),
+    ScoreArray(
+        "draw_counts",
+        "draws",
+        ("draw", "token"),
+        "uint16",
+        "draws",
+        "how often each was drawn; 0 past the last",
     ),
 )
 

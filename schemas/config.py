@@ -5,7 +5,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, JsonValue, model_validator
 
 from .base import Model
-from .columns import SCORE_COLUMNS, ScoreColumn
+from .columns import SCORE_COLUMNS, Compression, ScoreColumn
 from .losses import LossConfig, cell, refusal
 from .manifests import Sampling
 
@@ -98,7 +98,20 @@ class ScoreConfig(Model):
         SCORE_COLUMNS,
         description="stored columns; student_topk is left out when rollouts record none",
     )
-    step: float = Field(1 / 256, gt=0, le=0.1, description="quantisation step, nats")
+    step: float = Field(
+        1 / 256,
+        ge=1 / 4096,
+        le=0.1,
+        description="quantisation step: stored log-probs are off by at most half of it, in nats, "
+        "or as a share of the value where that is more",
+    )
+    compression: Compression = Field(
+        "blosc", description="of the shards; pcodec is smaller, and an extension of Zarr"
+    )
+    draws: int = Field(
+        0, ge=0, le=65535, description="ids drawn a token from the teacher's distribution"
+    )
+    draw_seed: int = Field(0, ge=0, description="seed of the draws")
     batch_tokens: int = Field(8192, ge=1, description="tokens of one teacher forward at most")
 
 
@@ -176,8 +189,15 @@ class RunConfig(Model):
     @property
     def score_columns(self) -> frozenset[ScoreColumn]:
         """Columns that this run stores: those asked for that its rollouts allow."""
-        absent = set() if self.rollout.student_topk else {"student_topk"}
-        return frozenset(self.score.columns) - absent
+        absent: set[ScoreColumn] = set() if self.rollout.student_topk else {"student_topk"}
+        drawn: set[ScoreColumn] = {"draws"} if self.score.draws else set()
+        return (frozenset(self.score.columns) | drawn) - absent
+
+    @model_validator(mode="after")
+    def _draws_are_counted(self) -> Self:
+        if "draws" in self.score.columns and not self.score.draws:
+            raise ValueError("score.columns: 'draws' needs score.draws to say how many")
+        return self
 
     @model_validator(mode="after")
     def _loss_is_served(self) -> Self:

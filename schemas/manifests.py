@@ -68,7 +68,9 @@ class ScoreIdentity(Model):
     k: int = Field(description="most kept entries a token; 0 without top-k")
     mass: float = Field(description="entries are kept until they hold this mass; 1 keeps k always")
     num_ids: int = Field(description="entries are kept among the ids below this: the shared ones")
-    step: float = Field(description="quantisation step of the log-probs, nats")
+    step: float = Field(description="quantisation step of the log-probs")
+    draws: int = Field(0, ge=0, description="ids drawn a token; 0 without draws")
+    draw_seed: int = Field(0, ge=0, description="seed of the draws; 0 without draws")
 
 
 class ScoreRequirement(Model):
@@ -81,7 +83,8 @@ class ScoreRequirement(Model):
     k: int = Field(description="least kept entries a token")
     mass: float = Field(description="least mass threshold")
     num_ids: int = Field(description="entries are kept among the ids below this")
-    step: float = Field(description="coarsest quantisation step, nats")
+    step: float = Field(description="coarsest quantisation step")
+    draws: int = Field(0, ge=0, description="least ids drawn a token")
 
     def served_by(self, scores: ScoreIdentity) -> frozenset[ScoreColumn]:
         """The needed columns that this set gives; empty when it is another teacher's."""
@@ -92,6 +95,7 @@ class ScoreRequirement(Model):
         wide = scores.k >= self.k and scores.mass >= self.mass
         fits = {"topk": fine and wide and scores.num_ids == self.num_ids}
         fits["student_topk"] = fine
+        fits["draws"] = scores.draws >= self.draws and scores.num_ids == self.num_ids
         return frozenset(c for c in self.columns & set(scores.columns) if fits.get(c, True))
 
 

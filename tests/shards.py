@@ -16,7 +16,7 @@ from opdcache.schemas.manifests import (
 )
 from opdcache.store import codec, rollouts
 from opdcache.store.cache import Attempt, Cache
-from opdcache.store.scores import GROUP, Scores, StudentTopK, TopK, encode_scores
+from opdcache.store.scores import GROUP, Draws, Scores, StudentTopK, TopK, encode_scores
 
 TEACHER = "7" * 64
 STEP = 1 / 256
@@ -30,6 +30,12 @@ PROVENANCE = Provenance(
     tokens_per_s=1.0,
     details={},
 )
+
+
+def stored(*logprobs: float) -> list[float]:
+    """The log-probs as a shard gives them back; ``test_codec`` holds how far they are off."""
+    levels = codec.encode_logprobs(np.asarray(logprobs, np.float32), STEP)
+    return [float(value) for value in codec.decode_logprobs(levels, STEP)]
 
 
 def table(*completions: list[int]) -> pa.Table:
@@ -118,6 +124,7 @@ def some_scores(columns: frozenset[ScoreColumn], k: int = 4) -> Scores:
         entropy=np.asarray([1, 2, 3], np.float32) if "entropy" in columns else None,
         topk=topk if "topk" in columns else None,
         student_topk=student if "student_topk" in columns else None,
+        draws=Draws.of(np.tile([[5, 4, 5]], (3, 1))) if "draws" in columns else None,
     )
 
 
@@ -133,6 +140,7 @@ def commit_scores(
     mass: float = 1.0,
     num_ids: int = VOCAB_SIZE,
     step: float = STEP,
+    draws: int = 0,
 ) -> ScoreManifest:
     """A committed score set; its scores fit the default shard unless others are given."""
     scores = some_scores(frozenset(columns), k) if scores is None else scores
@@ -147,6 +155,8 @@ def commit_scores(
         mass=mass,
         num_ids=num_ids,
         step=step,
+        draws=draws,
+        draw_seed=0,
     )
     attempt = cache.attempt(key_of(identity))
     for path, data in encode_scores(scores, step=step, attributes={}).items():

@@ -20,6 +20,7 @@ from opdcache.train.samples import MicroBatch, RoundSamples
 
 from .conftest import EOS_ID, TINY_VOCAB
 from .handmade import Row, commit_rollouts, commit_scores, rounds
+from .shards import stored
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -129,6 +130,22 @@ def test_the_order_of_the_sequences_is_the_order_of_their_scores(tiny_teacher: P
     lengths = [len(c) for c in COMPLETIONS]
     pieces = list(reverse.sampled_T.split(lengths[::-1]))[::-1]
     assert float((torch.cat(pieces) - forward.sampled_T).abs().max()) <= 1e-5
+
+
+def test_draws_belong_to_their_token_whatever_the_batches_are(
+    tiny_teacher: Path, oracle: list[torch.Tensor]
+) -> None:
+    uniforms = np.random.default_rng(0).random((24, 6))
+    for batch_tokens in (1, 40, 10_000):
+        drawn = (
+            scorer(tiny_teacher, batch_tokens)
+            .score(SEQUENCES, k=K, mass=1.0, num_ids=TINY_VOCAB, uniforms_TN=uniforms)
+            .drawn_TN
+        )
+        for t, probs in enumerate(predictions(oracle).double().exp()):
+            below = probs.cumsum(dim=0)
+            for u, drawn_id in zip(uniforms[t], drawn[t].tolist(), strict=True):
+                assert below[drawn_id] - probs[drawn_id] - 1e-5 <= u <= below[drawn_id] + 1e-5
 
 
 def test_a_token_id_beyond_the_teachers_vocabulary_is_refused(tiny_teacher: Path) -> None:
@@ -244,10 +261,10 @@ def test_every_teacher_column_is_that_of_its_token(tmp_path: Path) -> None:
         kept = 1 + int(p) % K
         assert batch["kept_TK"][n].tolist() == [j < kept for j in range(K)]
         assert batch["topk_ids_TK"][n, :kept].tolist() == [p * K + j for j in range(kept)]
-        assert batch["topk_TK"][n, :kept].tolist() == [-(p / 8 + j) for j in range(kept)]
+        assert batch["topk_TK"][n, :kept].tolist() == stored(*(-(p / 8 + j) for j in range(kept)))
         assert float(batch["tail_T"][n]) == -p / 2
         assert batch["recorded_ids_TS"][n].tolist() == [p * S + j for j in range(S)]
-        assert batch["recorded_TS"][n].tolist() == [-(p / 8 + j / 4) for j in range(S)]
+        assert batch["recorded_TS"][n].tolist() == stored(*(-(p / 8 + j / 4) for j in range(S)))
         assert float(batch["recorded_tail_T"][n]) == -p / 4
 
 
@@ -265,9 +282,11 @@ def test_entries_past_the_losses_k_join_the_tail(tmp_path: Path, k: int) -> None
         merged += stored_kept > k
         assert int(batch["kept_TK"][n].sum()) == kept
         assert batch["topk_ids_TK"][n, :kept].tolist() == [p * K + j for j in range(kept)]
-        tail = math.exp(-p / 2) + sum(math.exp(-(p / 8 + j)) for j in range(kept, stored_kept))
+        gone = stored(*(-(p / 8 + j) for j in range(kept, stored_kept)))
+        tail = math.exp(-p / 2) + sum(map(math.exp, gone))
         assert float(batch["tail_T"][n]) == pytest.approx(math.log(tail), abs=1e-5)
-        rest = math.exp(-p / 4) + sum(math.exp(-(p / 8 + j / 4)) for j in range(k, S))
+        gone = stored(*(-(p / 8 + j / 4) for j in range(k, S)))
+        rest = math.exp(-p / 4) + sum(map(math.exp, gone))
         assert float(batch["recorded_tail_T"][n]) == pytest.approx(math.log(rest), abs=1e-5)
         assert batch["recorded_ids_TS"][n].tolist() == [p * S + j for j in range(k)]
     assert merged > 0
@@ -287,7 +306,7 @@ def test_shards_that_were_scored_with_different_k_stand_in_one_micro_batch(
         p = place(i, t)
         kept = min(1 + int(p) % width_of[i], k)
         assert int(batch.kept_TK[n].sum()) == kept
-        assert batch.topk_TK[n, :kept].tolist() == [-(p / 8 + j) for j in range(kept)]
+        assert batch.topk_TK[n, :kept].tolist() == stored(*(-(p / 8 + j) for j in range(kept)))
 
 
 def test_a_set_that_holds_more_mass_than_the_run_asks_is_cut_to_it(tmp_path: Path) -> None:

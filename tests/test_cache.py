@@ -414,6 +414,14 @@ def test_a_poorer_set_does_not_serve(
     assert served_by(cache, rollout, need("topk")) is None
 
 
+def test_more_draws_serve_and_fewer_do_not(cache: Cache, rollout: RolloutManifest) -> None:
+    scores = commit_scores(cache, rollout, "draws", draws=3)
+
+    assert served_by(cache, rollout, need("draws", draws=2)) == [scores.key]
+    assert served_by(cache, rollout, need("draws", draws=4)) is None
+    assert served_by(cache, rollout, need("draws", draws=2, num_ids=VOCAB_SIZE - 1)) is None
+
+
 def test_k_and_mass_matter_to_the_top_k_alone(cache: Cache, rollout: RolloutManifest) -> None:
     scores = commit_scores(cache, rollout, *SCORE_COLUMNS, k=1, mass=0.5)
 

@@ -1,6 +1,7 @@
 """Score codec: error bounds, ragged entries, cuts, and Zarr groups that plain zarr reads."""
 
 import math
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +12,12 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from opdcache.errors import InvalidShard
-from opdcache.schemas.columns import SCORE_ARRAYS, SCORE_COLUMNS, ScoreColumn
+from opdcache.schemas.columns import SCORE_ARRAYS, SCORE_COLUMNS, Compression, ScoreColumn
 from opdcache.store import codec
 from opdcache.store.arrays import open_arrays
 from opdcache.store.scores import (
     CHUNK_TOKENS,
+    Draws,
     Scores,
     StudentTopK,
     TopK,
@@ -26,7 +28,7 @@ from opdcache.store.scores import (
 STEP = 1 / 256
 BIG_ID = 2**17 + 12_345
 QUICK = settings(max_examples=40, deadline=None)
-ALL = frozenset(SCORE_COLUMNS)
+ALL = frozenset[ScoreColumn]({*SCORE_COLUMNS, "draws"})
 
 steps = st.sampled_from([1 / 1024, 1 / 256, 1 / 100, 1 / 16, 0.1])
 values = st.one_of(
@@ -55,11 +57,15 @@ def topks(draw: st.DrawFn) -> TopK:
 
 
 def nearest(value: float, step: float) -> tuple[float, float]:
-    """What is allowed to come back for a stored log-prob: a closed interval."""
+    """What is allowed to come back for a stored log-prob: a closed interval.
+
+    Half a step in nats, or as a share of the value where that is more. Below the floor, the floor;
+    half a step of a share is half a step of its logarithm, which is more by its square.
+    """
     floor = codec.clip_floor(step)
     if value <= floor:
         return floor * (1 + 1e-6), floor * (1 - 1e-6)
-    slack = step / 2 * (1 + 1e-4) + abs(value) * 1e-6
+    slack = (math.expm1(step / 2) + 1e-6) * max(1, abs(value))
     return value - slack, value + slack
 
 
@@ -112,7 +118,7 @@ def round_trip(scores: Scores, step: float = STEP) -> Scores:
 
 @QUICK
 @given(st.lists(values, max_size=30), steps)
-def test_a_logprob_comes_back_within_half_a_step_or_at_the_clip_floor(
+def test_a_logprob_comes_back_within_its_bound_or_at_the_clip_floor(
     logprobs: list[float], step: float
 ) -> None:
     encoded = codec.encode_logprobs(np.asarray(logprobs, np.float32), step)
@@ -126,9 +132,7 @@ def test_a_logprob_comes_back_within_half_a_step_or_at_the_clip_floor(
 
 @QUICK
 @given(topks(), steps)
-def test_every_kept_entry_comes_back_within_half_a_step_at_any_rank(
-    topk: TopK, step: float
-) -> None:
+def test_every_kept_entry_comes_back_within_its_bound_at_any_rank(topk: TopK, step: float) -> None:
     drops = codec.encode_descending(topk.logprobs, topk.num_kept, step)
 
     decoded = codec.decode_descending(drops.T, step).T
@@ -175,12 +179,14 @@ def test_a_stored_group_gives_back_every_column_within_its_bound(topk: TopK, ste
     num_tokens = len(topk.num_kept)
     recorded = np.where(np.isnan(topk.logprobs), -1.5, topk.logprobs).astype(np.float32)[:, ::-1]
     plain = np.linspace(-30, 0, num_tokens, dtype=np.float32)
+    drawn = np.random.default_rng(0).choice([3, 70_000, 9, BIG_ID], (num_tokens, 5))
     scores = Scores(
         token_offsets=offsets(0, num_tokens, 0),
         sampled_logprobs=plain,
         entropy=-plain / 3,
         topk=topk,
         student_topk=StudentTopK(recorded, plain / 2),
+        draws=Draws.of(drawn),
     )
 
     got = round_trip(scores, step)
@@ -196,6 +202,10 @@ def test_a_stored_group_gives_back_every_column_within_its_bound(topk: TopK, ste
             assert_within_bound(float(got.topk.logprobs[t, j]), float(topk.logprobs[t, j]), step)
         for j in range(recorded.shape[1]):
             assert_within_bound(float(got.student_topk.logprobs[t, j]), float(recorded[t, j]), step)
+    assert got.draws is not None
+    for t in range(num_tokens):
+        kept_draws = dict(zip(got.draws.ids[t].tolist(), got.draws.counts[t].tolist(), strict=True))
+        assert {i: n for i, n in kept_draws.items() if n} == Counter(drawn[t].tolist())
     half = {"rtol": 2**-11, "atol": 1e-7}  # float16 keeps 11 bits
     np.testing.assert_allclose(got.sampled_logprobs, plain, **half)
     np.testing.assert_allclose(got.entropy, -plain / 3, **half)
@@ -224,15 +234,15 @@ def test_entries_that_do_not_descend_are_refused_with_their_token() -> None:
 
 
 def test_a_rise_past_num_kept_is_no_fault() -> None:
-    logprobs = np.asarray([[-1, -3, -2]], np.float32)
+    logprobs = np.asarray([[-0.25, -1, -0.5]], np.float32)
 
-    drops = codec.encode_descending(logprobs, np.asarray([2], np.uint16), 1.0)
+    drops = codec.encode_descending(logprobs, np.asarray([2], np.uint16), 0.25)
 
-    assert drops.tolist() == [[1, 2, 0]]
+    assert drops.tolist() == [[1, 3, 0]]
 
 
 def test_ties_are_stored_as_no_drop() -> None:
-    logprobs = np.full((1, 4), -2.0, np.float32)
+    logprobs = np.full((1, 4), -math.e, np.float32)
 
     drops = codec.encode_descending(logprobs, np.asarray([4], np.uint16), 0.5)
 
@@ -242,9 +252,32 @@ def test_ties_are_stored_as_no_drop() -> None:
 def test_entries_below_the_floor_are_ties_at_the_floor() -> None:
     logprobs = np.asarray([[-1.0, -1e6, -math.inf]], np.float32)
 
-    drops = codec.encode_descending(logprobs, np.asarray([3], np.uint16), 1.0)
+    drops = codec.encode_descending(logprobs, np.asarray([3], np.uint16), STEP)
 
-    assert codec.decode_descending(drops.T, 1.0).T.tolist() == [[-1.0, -65535.0, -65535.0]]
+    floor = codec.clip_floor(STEP)
+    assert -10_000 <= floor < -9_900
+    assert codec.decode_descending(drops.T, STEP).T.tolist() == [[-1.0, floor, floor]]
+
+
+def test_levels_below_the_floor_are_refused() -> None:
+    with pytest.raises(InvalidShard, match="below the clip floor"):
+        codec.decode_descending(np.asarray([[2_000], [1_000]], np.uint16), STEP)
+
+
+def test_draws_are_counted_and_the_most_frequent_come_first() -> None:
+    draws = Draws.of(np.asarray([[7, 2, 7, 9], [4, 4, 4, 4], [8, 3, 8, 3]]))
+
+    assert draws.ids.tolist() == [[7, 2, 9], [4, 0, 0], [3, 8, 0]]
+    assert draws.counts.tolist() == [[2, 1, 1], [4, 0, 0], [2, 2, 0]]
+
+
+def test_draws_of_no_tokens_are_empty() -> None:
+    draws = Draws.of(np.zeros((0, 4), np.int64))
+
+    got = round_trip(Scores(offsets(0), draws=draws)).draws
+
+    assert got is not None
+    assert got.ids.shape == (0, 0)
 
 
 def test_a_rank_outside_the_table_is_refused() -> None:
@@ -257,8 +290,9 @@ def test_roundings_do_not_add_up_over_512_entries() -> None:
 
     drops = codec.encode_descending(topk.logprobs, topk.num_kept, STEP)
 
-    worst = np.abs(codec.decode_descending(drops.T, STEP).T - topk.logprobs).max()
-    assert STEP / 4 < worst <= STEP / 2 * (1 + 1e-3)
+    off = np.abs(codec.decode_descending(drops.T, STEP).T - topk.logprobs)
+    worst = (off / np.maximum(1, -topk.logprobs)).max()
+    assert STEP / 4 < worst <= STEP / 2 * (1 + STEP)
 
 
 def test_a_shard_that_keeps_the_whole_vocabulary_round_trips() -> None:
@@ -309,7 +343,7 @@ def test_a_single_token_round_trips() -> None:
 
 
 def test_tokens_of_several_chunks_keep_their_places() -> None:
-    num_tokens = 40_000  # three chunks
+    num_tokens = 2 * CHUNK_TOKENS + 7_000  # three chunks
     sampled = -(np.arange(num_tokens) % 2000).astype(np.float32)
 
     got = round_trip(Scores(offsets(num_tokens), sampled_logprobs=sampled))
@@ -352,10 +386,17 @@ def test_a_shard_of_zeros_alone_round_trips_though_zarr_stores_no_chunk_of_them(
         assert np.array_equal(getattr(decoded, name), getattr(topk, name)), name
 
 
-def test_the_reader_gives_what_zarr_gives(tmp_path: Path) -> None:
+@pytest.mark.parametrize("compression", ["blosc", "pcodec"])
+@pytest.mark.filterwarnings("ignore:Numcodecs codecs are not in the Zarr version 3 spec")
+def test_the_reader_gives_what_zarr_gives(tmp_path: Path, compression: Compression) -> None:
     offsets = np.asarray([0, 7, 2 * CHUNK_TOKENS + 7])
-    scores = Scores(token_offsets=offsets, topk=noise(int(offsets[-1]), 5, vocab=200_000))
-    for path, data in encode_scores(scores, step=STEP, attributes={}).items():
+    scores = Scores(
+        token_offsets=offsets,
+        entropy=np.linspace(0, 9, int(offsets[-1]), dtype=np.float32),
+        topk=noise(int(offsets[-1]), 5, vocab=200_000),
+    )
+    encoded = encode_scores(scores, step=STEP, attributes={}, compression=compression)
+    for path, data in encoded.items():
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).write_bytes(data)
     objects = {
@@ -365,9 +406,9 @@ def test_the_reader_gives_what_zarr_gives(tmp_path: Path) -> None:
     group = zarr.open_group(tmp_path, mode="r")
     assert set(arrays) == set(group.array_keys())
     for name, array in group.arrays():
-        ours = arrays[name].read(0, array.shape[0])
+        ours = arrays[name].read(0, array.shape[-1])
         assert ours.dtype == array.dtype
-        assert np.array_equal(ours.T, array[:])
+        assert np.array_equal(ours, array[:])
 
 
 def test_objects_that_are_no_score_shard_are_refused() -> None:
@@ -486,6 +527,7 @@ def stored_group(folder: Path) -> tuple[TopK, StudentTopK, zarr.Group]:
         entropy=np.arange(7, dtype=np.float32),
         topk=topk,
         student_topk=student,
+        draws=Draws.of(np.tile([[9, 2, 9]], (7, 1))),
     )
     attributes = {"format": "opdcache scores"}
     for path, data in encode_scores(scores, step=STEP, attributes=attributes).items():
@@ -498,16 +540,21 @@ def stored_group(folder: Path) -> tuple[TopK, StudentTopK, zarr.Group]:
 def test_plain_zarr_reads_a_stored_group_with_the_documented_lines(tmp_path: Path) -> None:
     topk, student, group = stored_group(tmp_path)
 
+    def unscaled(u: NDArray[np.float64]) -> NDArray[np.float64]:
+        return -np.where(u < 1, u, np.exp(u - 1))
+
     step = group.attrs["step"]
-    ids = group["rank_ids"][:][group["topk_ranks"][:]]
-    logprobs = -step * np.cumsum(group["topk_steps"][:], axis=1)
-    recorded = -step * group["student_topk_steps"][:].astype(np.float64)
+    ids = group["rank_ids"][:][group["topk_ranks"][:]].T
+    logprobs = unscaled(step * np.cumsum(group["topk_steps"][:], axis=0)).T
+    recorded = unscaled(step * group["student_topk_steps"][:]).T
 
     kept = np.arange(12) < group["num_kept"][:][:, None]
     assert kept.sum() == topk.num_kept.sum() == 46
     np.testing.assert_array_equal(ids[kept], topk.ids[kept])
-    np.testing.assert_allclose(logprobs[kept], topk.logprobs[kept], atol=STEP / 2 * 1.001, rtol=0)
-    np.testing.assert_allclose(recorded, student.logprobs, atol=STEP / 2 * 1.001, rtol=0)
+    for got, exact in ((logprobs[kept], topk.logprobs[kept]), (recorded, student.logprobs)):
+        assert (np.abs(got - exact) <= STEP / 2 * (1 + STEP) * np.maximum(1, -exact)).all()
+    assert group["draw_ids"][:].tolist() == [[9] * 7, [2] * 7]
+    assert group["draw_counts"][:].tolist() == [[2] * 7, [1] * 7]
     assert group["token_offsets"][:].tolist() == [0, 3, 3, 7]
     assert group["sampled_logprobs"][:].tolist() == [0, -1, -2, -3, -4, -5, -6]
     assert group["entropy"][:].tolist() == [0, 1, 2, 3, 4, 5, 6]
@@ -532,7 +579,7 @@ def test_a_stored_group_says_its_step_floor_and_attributes(tmp_path: Path) -> No
 
     assert group.attrs["format"] == "opdcache scores"
     assert group.attrs["step"] == STEP
-    assert group.attrs["clip_floor"] == -65535 / 256
+    assert group.attrs["clip_floor"] == codec.clip_floor(STEP)
 
 
 def test_encoding_the_same_scores_twice_gives_the_same_bytes() -> None:

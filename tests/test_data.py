@@ -13,17 +13,17 @@ import opdcache
 from opdcache.errors import ChecksumMismatch, InputsMissing, StoreError
 from opdcache.runfolder import RunFolder
 from opdcache.schemas.rounds import RolloutRound
+from opdcache.store import codec
 from opdcache.store.cache import Cache
 from opdcache.store.scores import Scores, TopK
 from opdcache.torch_data import StreamedSamples, TorchSamples, as_tensors, collate
 
 from .conftest import TINY_VOCAB
-from .handmade import TEACHER, Row, commit_rollouts, commit_scores, rounds
+from .handmade import STEP, TEACHER, Row, commit_rollouts, commit_scores, rounds
 
 Ids = tuple[int, ...]
 K = 3
 LENGTHS = ((4, 0, 2), (1,), (3, 5))
-STEP = 1 / 256
 
 
 def row(seed: int, num_tokens: int) -> Row:
@@ -37,17 +37,17 @@ def row(seed: int, num_tokens: int) -> Row:
 
 
 def some_scores(lengths: tuple[int, ...], seed: int) -> Scores:
-    """Log-probs on the codec's grid, so that they come back as they are."""
+    """Log-probs of the codec's grid, so that they come back as they are."""
     rng = np.random.default_rng(seed)
     num_tokens = sum(lengths)
-    steps = np.sort(rng.integers(1, 2000, (num_tokens, K)), axis=1)
+    levels = np.sort(rng.integers(1, 2000, (num_tokens, K)), axis=1).astype(np.uint16)
     ids = np.stack([rng.permutation(TINY_VOCAB)[:K] for _ in range(num_tokens)])
     return Scores(
         token_offsets=np.concatenate([[0], np.cumsum(lengths)]),
         entropy=rng.integers(0, 9, num_tokens).astype(np.float32),
         topk=TopK(
             ids=ids.astype(np.int32),
-            logprobs=(-STEP * steps).astype(np.float32),
+            logprobs=codec.decode_logprobs(levels, STEP),
             num_kept=rng.integers(1, K + 1, num_tokens).astype(np.uint16),
             tail_logprobs=-rng.integers(1, 9, num_tokens).astype(np.float32),
         ),

@@ -341,6 +341,23 @@ def test_entries_are_kept_among_the_shared_ids_and_the_others_mass_is_tail() -> 
     assert float(relative_errors(stats.tail_T, outside).max()) <= 1e-4
 
 
+@pytest.mark.parametrize("chunk_tokens", CHUNKS)
+def test_ids_are_drawn_as_often_as_the_teacher_s_distribution_says(chunk_tokens: int) -> None:
+    hidden, weight = problem()
+    shared, draws = VOCAB - 9, 4000
+    evenly = ((torch.arange(draws).double() + 0.5) / draws).expand(NUM_TOKENS, draws)
+    stats = teacher_statistics(
+        hidden, weight, some_ids(1)[:, 0], some_ids(0), k=1, mass=1.0, num_ids=shared,
+        uniforms_TN=evenly, chunk_tokens=chunk_tokens,
+    )  # fmt: skip
+    assert stats.drawn_TN.shape == (NUM_TOKENS, draws)
+    among = dense(hidden, weight)[:, :shared].exp()
+    expected = draws * among / among.sum(dim=1, keepdim=True)
+    for t in range(NUM_TOKENS):
+        counts = torch.bincount(stats.drawn_TN[t], minlength=shared)
+        assert largest_error(counts, expected[t]) <= 1 + 1e-2
+
+
 def test_no_recorded_ids_leave_all_mass_in_their_tail() -> None:
     hidden, weight = problem()
     stats = teacher_statistics(hidden, weight, some_ids(1)[:, 0], some_ids(0), k=3, mass=1.0)

@@ -156,6 +156,8 @@ def test_a_score_key_changes_with_every_field_of_its_identity() -> None:
         "mass": 0.99,
         "num_ids": 9,
         "step": 1 / 128,
+        "draws": 8,
+        "draw_seed": 1,
     }
     assert set(changes) == set(ScoreIdentity.model_fields)
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..errors import InputsMissing
 from ..heads import TeacherStats
@@ -15,8 +16,9 @@ from ..schemas.rounds import RolloutRound, RolloutShard, ScoredShard, ScoreRound
 from ..stage import give_up, interrupts, make_shards, provenance
 from ..store import codec
 from ..store import rollouts as shards
+from ..store.arrays import need_compression
 from ..store.cache import Attempt, score_commit
-from ..store.scores import GROUP, Scores, StudentTopK, TopK, encode_scores
+from ..store.scores import GROUP, Draws, Scores, StudentTopK, TopK, encode_scores
 from .transformers_scorer import Sequences, TransformersScorer
 
 
@@ -44,6 +46,7 @@ def run(context: RunContext, round_index: int) -> ScoreRound:
         context.progress.say(f"round {round_index} score: already done, nothing to do")
         return done
     started = time.monotonic()
+    need_compression(context.config.score.compression)
     rollouts = context.folder.need(RolloutRound, round_index).shards
     need = requirement(context)
     tasks = {task.key: task for task in plan_round(context, rollouts)}
@@ -99,6 +102,7 @@ def requirement(context: RunContext) -> ScoreRequirement:
         mass=config.score.mass,
         num_ids=context.resolved.vocab_size,
         step=config.score.step,
+        draws=config.score.draws,
     )
 
 
@@ -118,6 +122,8 @@ def plan_round(context: RunContext, rollouts: Sequence[RolloutShard]) -> list[Sc
                 mass=need.mass,
                 num_ids=need.num_ids,
                 step=need.step,
+                draws=need.draws,
+                draw_seed=context.config.score.draw_seed if need.draws else 0,
             ),
         )
         for rollout in rollouts
@@ -168,13 +174,19 @@ class _Scorer:
             k=task.identity.k,
             mass=task.identity.mass,
             num_ids=task.identity.num_ids,
+            uniforms_TN=_uniforms(task.identity, num_tokens),
         )
         scores = as_scores(sequences, stats, task.identity)
         attributes = {
             "format": "opdcache scores",
             "identity": task.identity.model_dump(mode="json"),
         }
-        encoded = encode_scores(scores, step=task.identity.step, attributes=attributes)
+        encoded = encode_scores(
+            scores,
+            step=task.identity.step,
+            attributes=attributes,
+            compression=self._context.config.score.compression,
+        )
         for path, data in encoded.items():
             attempt.put(f"{GROUP}/{path}", data)
         return ScoreManifest(
@@ -210,6 +222,14 @@ class _Scorer:
         return self._teacher
 
 
+def _uniforms(identity: ScoreIdentity, num_tokens: int) -> NDArray[np.float64] | None:
+    """Numbers that the draws are made of: the shard's own, whatever the batches are."""
+    if not identity.draws:
+        return None
+    seed = np.random.SeedSequence([identity.draw_seed, int(identity.content, 16)])
+    return np.random.Generator(np.random.Philox(seed)).random((num_tokens, identity.draws))
+
+
 def as_scores(sequences: Sequences, stats: TeacherStats, identity: ScoreIdentity) -> Scores:
     """The stored columns of a teacher's statistics."""
     wanted = set(identity.columns)
@@ -226,4 +246,5 @@ def as_scores(sequences: Sequences, stats: TeacherStats, identity: ScoreIdentity
         entropy=stats.entropy_T.numpy() if "entropy" in wanted else None,
         topk=topk if "topk" in wanted else None,
         student_topk=student if "student_topk" in wanted else None,
+        draws=Draws.of(stats.drawn_TN.numpy()) if "draws" in wanted else None,
     )

@@ -61,17 +61,27 @@ class TransformersScorer:
         self._batch_tokens = batch_tokens
 
     @torch.no_grad()
-    def score(self, sequences: Sequences, *, k: int, mass: float, num_ids: int) -> TeacherStats:
+    def score(
+        self,
+        sequences: Sequences,
+        *,
+        k: int,
+        mass: float,
+        num_ids: int,
+        uniforms_TN: NDArray[np.float64] | None = None,
+    ) -> TeacherStats:
         """Statistics of every completion token, in the order of the token axis, on the CPU.
 
         Args:
             k, mass: see ``teacher_statistics``.
             num_ids: ids that student and teacher share; entries are kept among these alone.
+            uniforms_TN: float64 [T, N] in [0, 1), each for one draw; none by default.
 
         Raises:
             InvalidShard: a token id is not in the model's vocabulary.
         """
         parts, orders = [], []
+        uniforms = None if uniforms_TN is None else torch.from_numpy(uniforms_TN)
         for hidden_TD, at_T in self.hidden_batches(sequences):
             stats = teacher_statistics(
                 hidden_TD,
@@ -81,6 +91,7 @@ class TransformersScorer:
                 k=k,
                 mass=mass,
                 num_ids=num_ids,
+                uniforms_TN=None if uniforms is None else uniforms[at_T].to(self._device),
             )
             parts.append(stats)
             orders.append(at_T)

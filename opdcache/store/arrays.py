@@ -9,28 +9,61 @@ Legend: T tokens, K entries a token, C tokens of a chunk.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
 from numcodecs import blosc
 from numpy.typing import NDArray
 
-from ..errors import InvalidShard
+from ..errors import InvalidShard, NotInstalled
+from ..schemas.columns import Compression
 
 _ABSENT = np.iinfo(np.uint64).max
 _CHECKSUM_BYTES = 4
 
 
+def _pcodec(encoded: bytes) -> bytes:
+    """A pcodec chunk's values.
+
+    Raises:
+        NotInstalled: the optional package is not there.
+    """
+    need_compression("pcodec")
+    from numcodecs.pcodec import PCodec
+
+    values: bytes = PCodec().decode(encoded)
+    return values
+
+
+_DECODERS: Mapping[Compression, Callable[[bytes], bytes]] = {
+    "blosc": blosc.decompress,
+    "pcodec": _pcodec,
+}
+_COMPRESSIONS: Mapping[str, Compression] = {"blosc": "blosc", "numcodecs.pcodec": "pcodec"}
+
+
+def need_compression(compression: Compression) -> None:
+    """Check that chunks can be compressed so, and read.
+
+    Raises:
+        NotInstalled: its package is optional, and not there.
+    """
+    if compression == "pcodec" and find_spec("pcodec") is None:
+        raise NotInstalled("pcodec is not installed", remedy="pip install 'opdcache[pcodec]'")
+
+
 @dataclass(frozen=True, slots=True)
 class StoredArray:
-    """One array, [T] or [T, K], of integers or floats.
+    """One array, [T] or [K, T], of integers or floats.
 
     Attributes:
-        shape: T, or T and K.
+        shape: T, or K and T.
         dtype: of the values.
         chunk_tokens: C.
+        compression: of each chunk.
         data: the object with the chunks; None when every value is 0.
         index: uint64 [chunks, 2], offset and length of each chunk in the object.
     """
@@ -38,14 +71,12 @@ class StoredArray:
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
     chunk_tokens: int
+    compression: Compression
     data: bytes | None
     index: NDArray[np.uint64]
 
     def chunks(self, start: int, stop: int) -> Iterator[tuple[slice, NDArray[Any]]]:
-        """Tokens ``start:stop`` chunk by chunk: places counted from ``start``, and values.
-
-        Values of a [T, K] array are [K, C]: rank by rank, as they are stored.
-        """
+        """Tokens ``start:stop`` chunk by chunk: places counted from ``start``, and values."""
         size = self.chunk_tokens
         for number in range(start // size, -(-stop // size)):
             first = number * size
@@ -56,19 +87,19 @@ class StoredArray:
             )
 
     def read(self, start: int, stop: int) -> NDArray[Any]:
-        """Values of tokens ``start:stop``, [T] or [K, T]."""
+        """Values of tokens ``start:stop``."""
         parts = [values for _, values in self.chunks(start, stop)]
         if len(parts) == 1:
             return parts[0]
-        return np.concatenate([np.zeros((*self.shape[1:], 0), self.dtype), *parts], axis=-1)
+        return np.concatenate([np.zeros((*self.shape[:-1], 0), self.dtype), *parts], axis=-1)
 
     def _chunk(self, number: int) -> NDArray[Any]:
-        shape = (*self.shape[1:], self.chunk_tokens)
+        shape = (*self.shape[:-1], self.chunk_tokens)
         offset, length = (int(n) for n in self.index[number])
         if self.data is None or offset == _ABSENT:
             return np.zeros(shape, self.dtype)
         encoded = self.data[offset : offset + length]
-        return np.frombuffer(blosc.decompress(encoded), self.dtype).reshape(shape)
+        return np.frombuffer(_DECODERS[self.compression](encoded), self.dtype).reshape(shape)
 
 
 def open_arrays(objects: Mapping[str, bytes]) -> tuple[dict[str, Any], dict[str, StoredArray]]:
@@ -96,8 +127,9 @@ def open_arrays(objects: Mapping[str, bytes]) -> tuple[dict[str, Any], dict[str,
 def _array(name: str, meta: Mapping[str, Any], objects: Mapping[str, bytes]) -> StoredArray:
     shape = tuple(meta["shape"])
     sharding = next(c for c in meta["codecs"] if c["name"] == "sharding_indexed")["configuration"]
-    chunk_tokens = sharding["chunk_shape"][0]
-    number = meta["chunk_grid"]["configuration"]["chunk_shape"][0] // chunk_tokens
+    chunk_tokens = sharding["chunk_shape"][-1]
+    number = meta["chunk_grid"]["configuration"]["chunk_shape"][-1] // chunk_tokens
+    compression = _COMPRESSIONS[sharding["codecs"][-1]["name"]]
     data = objects.get(f"{name}/c/" + "/".join("0" for _ in shape))
     index = np.full((number, 2), _ABSENT, np.uint64)
     if data is not None:
@@ -107,6 +139,7 @@ def _array(name: str, meta: Mapping[str, Any], objects: Mapping[str, bytes]) -> 
         shape=shape,
         dtype=np.dtype(meta["data_type"]).newbyteorder("<"),
         chunk_tokens=chunk_tokens,
+        compression=compression,
         data=data,
         index=index,
     )

@@ -1,14 +1,20 @@
 """Teacher log-probs as small integers, and back, with a declared error bound.
 
 Log-probs are natural, at temperature 1, normalised over the full vocabulary. A value is rounded to
-a multiple of ``step`` (error at most ``step / 2``), and clipped at ``clip_floor(step)``. A token's
-kept entries descend, so each is stored as its drop from the one before: the roundings do not add
-up, since the grid is shared. Ids are stored as their frequency rank in the shard, which makes the
-common ones small.
+a level of one grid, whose spacing is ``step`` down to -1 nat, and ``step`` times the value's size
+below. So an entry is off by at most ``step / 2`` nats or that share of itself, whichever is more:
+likely entries, which the losses weigh most, are the exact ones. Values below ``clip_floor(step)``
+are stored as the floor.
+
+A token's kept entries descend, so each is stored as its drop in levels from the one before: the
+roundings do not add up, since the grid is shared. Ids are stored as their frequency rank in the
+shard, which makes the common ones small.
 
 Legend: T tokens, K kept entries a token.
 """
 
+import math
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -18,29 +24,48 @@ from ..errors import InvalidShard
 
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int32]
-_LAST_STEP = np.iinfo(np.uint16).max
+_LOWEST = -1e4
+"""Below this, in nats, no log-prob is told from another."""
 
 
 def clip_floor(step: float) -> float:
     """Log-probs below this, in nats, are stored as this."""
-    return -step * float(_LAST_STEP)
+    return float(_grid(step)[-1])
+
+
+@lru_cache(maxsize=8)
+def _grid(step: float) -> Floats:
+    """The log-prob of every level: ``-u`` for ``u = level * step`` up to 1, ``-exp(u - 1)`` on."""
+    levels = min(2**16, int((1 + math.log(-_LOWEST)) / step) + 1)
+    u = step * np.arange(levels)
+    grid: Floats = (-np.minimum(u, 1) * np.exp(np.maximum(u - 1, 0))).astype(np.float32)
+    return grid
 
 
 def encode_logprobs(logprobs: Floats, step: float) -> NDArray[np.uint16]:
-    """Log-probs of any shape as multiples of ``-step``; ``-inf`` becomes the clip floor.
+    """Log-probs of any shape as levels; ``-inf`` becomes the clip floor.
 
     Raises:
         InvalidShard: a value is NaN or above 0.
     """
     if np.isnan(logprobs).any() or (logprobs > 1e-3).any():
         raise InvalidShard("a log-prob is NaN or above 0", remedy="report the scoring backend")
-    multiples: Floats = np.rint(logprobs / np.float32(-step))
-    return multiples.clip(0, _LAST_STEP).astype(np.uint16)
+    x = np.clip(-logprobs.astype(np.float64), 0, -_LOWEST)
+    u = np.minimum(x, 1) + np.log(np.maximum(x, 1))
+    levels: NDArray[np.uint16] = np.rint(u / step).clip(0, len(_grid(step)) - 1).astype(np.uint16)
+    return levels
 
 
-def decode_logprobs(steps: NDArray[np.uint16], step: float) -> Floats:
-    """Inverse of ``encode_logprobs``, within ``step / 2`` above the clip floor."""
-    return steps.astype(np.float32) * np.float32(-step)
+def decode_logprobs(levels: NDArray[np.uint16], step: float, out: Floats | None = None) -> Floats:
+    """Inverse of ``encode_logprobs``, within its bound above the clip floor.
+
+    Raises:
+        InvalidShard: a level is below the clip floor's.
+    """
+    grid = _grid(step)
+    if levels.max(initial=0) >= len(grid):
+        raise InvalidShard("a log-prob is below the clip floor", expected=f"level < {len(grid)}")
+    return grid.take(levels, out=out, mode="clip")  # checked above: clipping skips a buffer
 
 
 def encode_descending(
@@ -52,8 +77,8 @@ def encode_descending(
         InvalidShard: a kept value is NaN or above 0, or a token's values do not descend.
     """
     kept_TK = kept_mask(num_kept, logprobs_TK.shape[1])
-    multiples_TK = encode_logprobs(np.where(kept_TK, logprobs_TK, 0), step).astype(np.int32)
-    drops_TK = np.diff(multiples_TK, axis=1, prepend=0)
+    levels_TK = encode_logprobs(np.where(kept_TK, logprobs_TK, 0), step).astype(np.int32)
+    drops_TK = np.diff(levels_TK, axis=1, prepend=0)
     drops_TK[~kept_TK] = 0
     if (drops_TK < 0).any():
         row = int(np.argwhere((drops_TK < 0).any(axis=1))[0, 0])
@@ -66,17 +91,18 @@ def decode_descending(
 ) -> Floats:
     """Inverse of ``encode_descending``, rank by rank; past ``num_kept`` the last kept value stands.
 
-    Sums of drops are whole numbers below 2**16, which float32 holds exactly.
-
     Args:
         drops_KT: uint16 [K, T].
         out: float32 [K, T] to fill and return.
+
+    Raises:
+        InvalidShard: drops lead below the clip floor.
     """
     filled = np.empty(drops_KT.shape, np.float32) if out is None else out
-    above: Floats | np.float32 = np.float32(0)
+    levels_T = np.zeros(drops_KT.shape[1:], np.uint16)
     for rank_T, drops_T in zip(filled, drops_KT, strict=True):
-        above = np.add(above, drops_T, out=rank_T, dtype=np.float32)
-    filled *= np.float32(-step)
+        levels_T += drops_T
+        rank_T[:] = decode_logprobs(levels_T, step)
     return filled
 
 

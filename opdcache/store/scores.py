@@ -13,16 +13,17 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 from zarr.abc.buffer import Buffer
-from zarr.codecs import BloscCodec, BloscShuffle, TransposeCodec
+from zarr.codecs import BloscCodec, BloscShuffle
+from zarr.codecs.numcodecs import PCodec
 from zarr.storage import MemoryStore
 
 from ..errors import InvalidShard
-from ..schemas.columns import SCORE_ARRAYS, ScoreArray, ScoreColumn, score_arrays
+from ..schemas.columns import SCORE_ARRAYS, Compression, ScoreArray, ScoreColumn, score_arrays
 from . import codec
 from .arrays import StoredArray, open_arrays
 
 GROUP = "scores.zarr"
-CHUNK_TOKENS = 16384
+CHUNK_TOKENS = 32768
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +86,40 @@ class StudentTopK:
         return StudentTopK(self.logprobs[:, :k], _joined(self.logprobs, gone, self.tail_logprobs))
 
 
+@dataclass(frozen=True, slots=True)
+class Draws:
+    """Ids drawn from the teacher's distribution, with replacement; ``counts / N`` estimates it
+    without bias. N draws a token, D distinct ones at most.
+
+    Attributes:
+        ids: int32 [T, D], most often drawn first, then by id; 0 past them.
+        counts: uint16 [T, D], how often each was drawn; 0 past the last.
+    """
+
+    ids: codec.Ints
+    counts: NDArray[np.uint16]
+
+    @classmethod
+    def of(cls, drawn_TN: NDArray[np.int64]) -> "Draws":
+        """Draws counted."""
+        num_tokens, draws = drawn_TN.shape
+        ordered = np.sort(drawn_TN, axis=1)
+        first = np.diff(ordered, axis=1, prepend=-1) != 0
+        run = np.cumsum(first, axis=1) - 1 + draws * np.arange(num_tokens)[:, None]
+        counts = np.bincount(run.reshape(-1), minlength=drawn_TN.size).reshape(drawn_TN.shape)
+        ids = np.zeros(drawn_TN.shape, np.int32)
+        ids.reshape(-1)[run[first]] = ordered[first]
+        most = np.argsort(-counts, axis=1, kind="stable")[:, : first.sum(axis=1).max(initial=0)]
+        return cls(
+            np.take_along_axis(ids, most, axis=1),
+            np.take_along_axis(counts, most, axis=1).astype(np.uint16),
+        )
+
+    def at(self, tokens: slice) -> "Draws":
+        """The draws of some tokens."""
+        return Draws(self.ids[tokens], self.counts[tokens])
+
+
 def _joined(logprobs: codec.Floats, gone: NDArray[np.bool_], tail: codec.Floats) -> codec.Floats:
     """The tail's log-mass with some entries' mass added."""
     if not gone.any():
@@ -107,6 +142,7 @@ class Scores:
         entropy: float32 [T], nats.
         topk: the teacher's likeliest entries.
         student_topk: the teacher's view of the recorded student ids.
+        draws: ids drawn from the teacher's distribution.
     """
 
     token_offsets: NDArray[np.int64]
@@ -114,6 +150,7 @@ class Scores:
     entropy: codec.Floats | None = None
     topk: TopK | None = None
     student_topk: StudentTopK | None = None
+    draws: Draws | None = None
 
     def rows(self, start: int, stop: int) -> "Scores":
         """The scores of completions ``start:stop``; views, not copies."""
@@ -125,6 +162,7 @@ class Scores:
             entropy=None if (e := self.entropy) is None else e[tokens],
             topk=None if self.topk is None else self.topk.at(tokens),
             student_topk=None if self.student_topk is None else self.student_topk.at(tokens),
+            draws=None if self.draws is None else self.draws.at(tokens),
         )
 
     @property
@@ -135,18 +173,24 @@ class Scores:
             "entropy": self.entropy,
             "topk": self.topk,
             "student_topk": self.student_topk,
+            "draws": self.draws,
         }
         return frozenset(name for name, value in held.items() if value is not None)
 
 
 def encode_scores(
-    scores: Scores, *, step: float, attributes: Mapping[str, object]
+    scores: Scores,
+    *,
+    step: float,
+    attributes: Mapping[str, object],
+    compression: Compression = "blosc",
 ) -> dict[str, bytes]:
     """The group's objects by path below ``scores.zarr/``.
 
     Args:
-        step: quantisation step, nats.
+        step: quantisation step, see ``codec``.
         attributes: more attributes of the group.
+        compression: of the arrays' chunks.
     """
     encoded: dict[str, Buffer] = {}
     group = zarr.create_group(
@@ -155,7 +199,7 @@ def encode_scores(
     )
     values = _to_arrays(scores, step)
     for spec in score_arrays(scores.columns):
-        _write(group, spec, values[spec.name])
+        _write(group, spec, values[spec.name], compression)
     return {path: buffer.to_bytes() for path, buffer in encoded.items()}
 
 
@@ -169,36 +213,48 @@ def _to_arrays(scores: Scores, step: float) -> dict[str, NDArray[np.generic]]:
         topk = scores.topk
         arrays["num_kept"] = topk.num_kept
         arrays["tail_logprobs"] = topk.tail_logprobs
-        arrays["topk_ranks"], arrays["rank_ids"] = codec.encode_ids(topk.ids, topk.num_kept)
-        arrays["topk_steps"] = codec.encode_descending(topk.logprobs, topk.num_kept, step)
+        ranks_TK, arrays["rank_ids"] = codec.encode_ids(topk.ids, topk.num_kept)
+        arrays["topk_ranks"] = ranks_TK.T
+        arrays["topk_steps"] = codec.encode_descending(topk.logprobs, topk.num_kept, step).T
     if scores.student_topk is not None:
         student = scores.student_topk
-        arrays["student_topk_steps"] = codec.encode_logprobs(student.logprobs, step)
+        arrays["student_topk_steps"] = codec.encode_logprobs(student.logprobs, step).T
         arrays["student_tail_logprobs"] = student.tail_logprobs
+    if scores.draws is not None:
+        narrow = scores.draws.ids.max(initial=0) < 2**16
+        arrays["draw_ids"] = scores.draws.ids.T.astype(np.uint16 if narrow else np.uint32)
+        arrays["draw_counts"] = scores.draws.counts.T
     return arrays
 
 
-def _write(group: zarr.Group, spec: ScoreArray, values: NDArray[np.generic]) -> None:
-    """One array: chunks of tokens inside a single object, two-dimensional ones rank by rank."""
+def _write(
+    group: zarr.Group, spec: ScoreArray, values: NDArray[np.generic], compression: Compression
+) -> None:
+    """One array: chunks of tokens inside a single object."""
     dtype = np.dtype(spec.dtype) if spec.dtype != "uint" else values.dtype
-    length, rest = values.shape[0], values.shape[1:]
-    chunk = max(1, min(CHUNK_TOKENS, length))
-    whole = -(-max(length, 1) // chunk) * chunk
+    *ranks, length = values.shape
+    chunks = max(1, -(-length // CHUNK_TOKENS))
+    chunk = max(1, -(-length // chunks))  # of equal size: what the last one lacks is filled up
     array = group.create_array(
         spec.name,
         shape=values.shape,
         dtype=dtype,
-        chunks=(chunk, *(max(1, n) for n in rest)),
-        shards=(whole, *(max(1, n) for n in rest)),
-        filters=[TransposeCodec(order=(1, 0))] if rest else None,
-        compressors=BloscCodec(
-            cname="zstd", clevel=5, shuffle=BloscShuffle.bitshuffle, typesize=dtype.itemsize
-        ),
+        chunks=(*(max(1, n) for n in ranks), chunk),
+        shards=(*(max(1, n) for n in ranks), chunk * chunks),
+        **_codecs(compression, dtype),
         fill_value=0,
         dimension_names=spec.dims,
         attributes={"unit": spec.unit, "description": spec.description},
     )
     array[...] = values.astype(dtype)
+
+
+def _codecs(compression: Compression, dtype: np.dtype[Any]) -> dict[str, Any]:
+    if compression == "pcodec":
+        return {"serializer": PCodec(), "compressors": None}
+    byte_planes = BloscShuffle.shuffle
+    blosc = BloscCodec(cname="zstd", clevel=6, shuffle=byte_planes, typesize=dtype.itemsize)
+    return {"compressors": blosc}
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,7 +289,7 @@ class OpenScores:
     def _read(self, columns: frozenset[ScoreColumn], offsets: NDArray[np.int64]) -> Scores:
         start, stop = int(offsets[0]), int(offsets[-1])
         have = {spec.column for spec in SCORE_ARRAYS if spec.name in self._arrays} & columns
-        topk = student = None
+        topk = student = draws = None
         if "topk" in have:
             topk = TopK(
                 ids=self._ids(start, stop),
@@ -247,6 +303,9 @@ class OpenScores:
                 logprobs=codec.decode_logprobs(steps, self.step).T,
                 tail_logprobs=self._floats("student_tail_logprobs", start, stop),
             )
+        if "draws" in have:
+            ids, counts = (self._arrays[n].read(start, stop).T for n in ("draw_ids", "draw_counts"))
+            draws = Draws(ids.astype(np.int32), counts)
         return Scores(
             token_offsets=offsets - start,
             sampled_logprobs=(
@@ -255,11 +314,12 @@ class OpenScores:
             entropy=self._floats("entropy", start, stop) if "entropy" in have else None,
             topk=topk,
             student_topk=student,
+            draws=draws,
         )
 
     @property
     def step(self) -> float:
-        """Quantisation step, nats."""
+        """Quantisation step, see ``codec``."""
         return float(self.attributes["step"])
 
     def _floats(self, name: str, start: int, stop: int) -> codec.Floats:
@@ -268,7 +328,7 @@ class OpenScores:
     def _ids(self, start: int, stop: int) -> codec.Ints:
         """[T, K], laid out rank by rank."""
         ranks = self._arrays["topk_ranks"]
-        ids_KT = np.empty((ranks.shape[1], stop - start), np.int32)
+        ids_KT = np.empty((ranks.shape[0], stop - start), np.int32)
         for place, ranks_KC in ranks.chunks(start, stop):
             ids_KT[:, place] = codec.decode_ids(ranks_KC, self._rank_ids)
         return ids_KT.T
@@ -276,7 +336,7 @@ class OpenScores:
     def _descending(self, start: int, stop: int) -> codec.Floats:
         """[T, K], laid out rank by rank."""
         drops = self._arrays["topk_steps"]
-        logprobs_KT = np.empty((drops.shape[1], stop - start), np.float32)
+        logprobs_KT = np.empty((drops.shape[0], stop - start), np.float32)
         for place, drops_KC in drops.chunks(start, stop):
             codec.decode_descending(drops_KC, self.step, out=logprobs_KT[:, place])
         return logprobs_KT.T
