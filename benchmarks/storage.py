@@ -31,6 +31,7 @@ from numpy.typing import NDArray
 
 from opdcache.schemas.columns import Compression
 from opdcache.store import codec
+from opdcache.store.files import in_memory
 from opdcache.store.scores import Scores, TopK, encode_scores, open_scores
 
 DECODED_TOKENS = 1_000_000
@@ -81,7 +82,7 @@ def opdcache(name: str, step: float, compression: Compression) -> Codec:
         topk = opened.read(frozenset({"topk"})).topk  # type: ignore[attr-defined]
         return Kept(topk.ids, topk.logprobs, topk.tail_logprobs)
 
-    return Codec(name, encode, open_scores, decode)
+    return Codec(name, encode, lambda files: open_scores(in_memory(files)), decode)
 
 
 def parquet_lists() -> Codec:

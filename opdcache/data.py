@@ -142,7 +142,8 @@ def open_cache(url: str | Path) -> OpenCache:
 
 
 class Samples(Sequence[Sample]):
-    """Samples of some shards by index. Reading one reads and checks its shard, which is kept.
+    """Samples of some shards by index. What is read is checked, and kept for some shards; of a
+    shard with large objects, one sample costs the blocks that hold its tokens.
 
     Threads may read at once. Pickled, as by a ``DataLoader``'s workers, it opens the cache anew.
     """
@@ -190,9 +191,9 @@ class Samples(Sequence[Sample]):
         with ThreadPoolExecutor(max_workers=1) as ahead:
             coming: Future[OpenShard] | None = None
             for place, number in enumerate(numbers):
-                shard = coming.result() if coming is not None else self._read(number)
+                shard = coming.result() if coming is not None else self._read(number, whole=True)
                 rest = numbers[place + 1 : place + 2]
-                coming = ahead.submit(self._read, rest[0]) if rest else None
+                coming = ahead.submit(self._read, rest[0], whole=True) if rest else None
                 yield shard
 
     def __getstate__(self) -> tuple[str, list[Scored]]:
@@ -208,25 +209,56 @@ class Samples(Sequence[Sample]):
             if held is not None:
                 self._open.move_to_end(number)
                 return held
-        read = self._read(number)
+        read = self._read(number, whole=False)
         with self._lock:
             self._open[number] = read
             while len(self._open) > SHARDS_IN_MEMORY:
                 self._open.popitem(last=False)
         return read
 
-    def _read(self, number: int) -> "OpenShard":
-        listed = self._shards[number]
-        table = self._cache.read_rollouts(self._cache.need_rollouts(listed.rollouts))
-        content = listed.rollouts.content
-        return OpenShard(table, self._cache.open_score_set(content, listed.teacher, listed.served))
+    def _read(self, number: int, *, whole: bool) -> "OpenShard":
+        listed, cache = self._shards[number], self._cache
+        manifest = cache.need_rollouts(listed.rollouts)
+        scores = cache.open_score_set(
+            listed.rollouts.content, listed.teacher, listed.served, whole=whole
+        )
+        return OpenShard(cache.open_rollouts(manifest, whole=whole), scores)
 
 
 class OpenShard:
-    """One shard at hand: rollouts decoded, scores decoded as they are asked for."""
+    """One shard: rows and scores are decoded as they are asked for."""
 
-    def __init__(self, table: pa.Table, scores: ScoreSet) -> None:
-        self._table, self._scores = table, scores
+    def __init__(self, rows: tables.OpenRollouts, scores: ScoreSet) -> None:
+        self._rows, self._scores = rows, scores
+        self._groups: dict[int, _Rows] = {}
+
+    def sample(self, row: int) -> Sample:
+        """One completion; what holds its tokens alone is read and decoded."""
+        number = int(np.searchsorted(self._rows.starts, row, side="right")) - 1
+        group = self._group(number)
+        within = row - int(self._rows.starts[number])
+        return group.sample(within, self._scores.read(slice(row, row + 1)))
+
+    def samples(self) -> Iterator[Sample]:
+        """Every completion, decoded at once."""
+        scores = self._scores.read()
+        for number, start in enumerate(self._rows.starts[:-1].tolist()):
+            group = self._group(number)
+            for row in range(group.num_rows):
+                yield group.sample(row, scores.rows(start + row, start + row + 1))
+
+    def _group(self, number: int) -> "_Rows":
+        if number not in self._groups:
+            self._groups[number] = _Rows(self._rows.group(number))
+        return self._groups[number]
+
+
+class _Rows:
+    """Consecutive rows of a rollout shard, decoded."""
+
+    def __init__(self, table: pa.Table) -> None:
+        self.num_rows = table.num_rows
+        self._table = table
         self._prompts = tables.token_lists(table, "prompt_token_ids")
         self._offsets = tables.token_offsets(table)
         self._per_token: dict[str, NDArray[Any]] = {
@@ -241,17 +273,8 @@ class OpenShard:
             if name in table.column_names
         }
 
-    def sample(self, row: int) -> Sample:
-        """One completion; the chunks of its tokens alone are decoded."""
-        return self._sample(row, self._scores.read(slice(row, row + 1)))
-
-    def samples(self) -> Iterator[Sample]:
-        """Every completion, decoded at once."""
-        scores = self._scores.read()
-        for row in range(self._table.num_rows):
-            yield self._sample(row, scores.rows(row, row + 1))
-
-    def _sample(self, row: int, scores: Scores) -> Sample:
+    def sample(self, row: int, scores: Scores) -> Sample:
+        """A row with its scores."""
         tokens = slice(int(self._offsets[row]), int(self._offsets[row + 1]))
         here = {name: values[tokens] for name, values in self._per_token.items()}
         own = self._table.slice(row, 1).select(

@@ -99,12 +99,19 @@ class ScoreRequirement(Model):
         return frozenset(c for c in self.columns & set(scores.columns) if fits.get(c, True))
 
 
+BLOCK_BYTES = 2**20
+"""Length of the blocks that a long object's hashes are of; the last may be shorter."""
+
+
 class ObjectEntry(Model):
     """One stored object of a shard."""
 
     path: str = Field(description="path below the attempt's prefix")
     size_bytes: int = Field(description="length of the object")
     sha256: str = Field(description="SHA-256 of the object's bytes, hex")
+    blocks: tuple[str, ...] = Field(
+        (), description="SHA-256 of each MiB of the object, when it is longer than one"
+    )
 
 
 class Provenance(Model):

@@ -15,6 +15,7 @@ from opdcache.errors import InvalidShard
 from opdcache.schemas.columns import SCORE_ARRAYS, SCORE_COLUMNS, Compression, ScoreColumn
 from opdcache.store import codec
 from opdcache.store.arrays import open_arrays
+from opdcache.store.files import in_memory
 from opdcache.store.scores import (
     CHUNK_TOKENS,
     Draws,
@@ -113,7 +114,7 @@ def offsets(*lengths: int) -> NDArray[np.int64]:
 
 
 def round_trip(scores: Scores, step: float = STEP) -> Scores:
-    return open_scores(encode_scores(scores, step=step, attributes={})).read(ALL)
+    return open_scores(in_memory(encode_scores(scores, step=step, attributes={}))).read(ALL)
 
 
 @QUICK
@@ -356,7 +357,7 @@ def test_consecutive_completions_are_read_alone_wherever_their_chunks_are() -> N
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     scores = Scores(token_offsets=offsets, topk=noise(int(offsets[-1]), 3, vocab=50))
     objects = encode_scores(scores, step=STEP, attributes={})
-    opened = open_scores(objects)
+    opened = open_scores(in_memory(objects))
     whole = opened.read(ALL).topk
     assert whole is not None
     for first, last in [(0, 1), (1, 2), (2, 4), (3, 5), (5, 6), (0, 6)]:
@@ -380,7 +381,7 @@ def test_a_shard_of_zeros_alone_round_trips_though_zarr_stores_no_chunk_of_them(
     scores = Scores(token_offsets=np.asarray([0, num_tokens]), topk=topk)
     objects = encode_scores(scores, step=STEP, attributes={})
     assert not [path for path in objects if path.startswith("topk_ranks/c")]
-    decoded = open_scores(objects).read(ALL).topk
+    decoded = open_scores(in_memory(objects)).read(ALL).topk
     assert decoded is not None
     for name in TopK.__slots__:
         assert np.array_equal(getattr(decoded, name), getattr(topk, name)), name
@@ -402,7 +403,7 @@ def test_the_reader_gives_what_zarr_gives(tmp_path: Path, compression: Compressi
     objects = {
         str(f.relative_to(tmp_path)): f.read_bytes() for f in tmp_path.rglob("*") if f.is_file()
     }
-    _, arrays = open_arrays(objects)
+    _, arrays = open_arrays(in_memory(objects))
     group = zarr.open_group(tmp_path, mode="r")
     assert set(arrays) == set(group.array_keys())
     for name, array in group.arrays():
@@ -415,9 +416,9 @@ def test_objects_that_are_no_score_shard_are_refused() -> None:
     objects = encode_scores(Scores(token_offsets=np.asarray([0])), step=STEP, attributes={})
     for path in ("zarr.json", "token_offsets/zarr.json"):
         with pytest.raises(InvalidShard):
-            open_scores({name: data for name, data in objects.items() if name != path})
+            open_scores(in_memory({n: data for n, data in objects.items() if n != path}))
         with pytest.raises(InvalidShard):
-            open_scores(objects | {path: b"{}"})
+            open_scores(in_memory(objects | {path: b"{}"}))
 
 
 def test_only_the_asked_for_columns_are_decoded() -> None:
@@ -426,7 +427,7 @@ def test_only_the_asked_for_columns_are_decoded() -> None:
         Scores(offsets(1), sampled_logprobs=plain, entropy=-plain), step=STEP, attributes={}
     )
 
-    got = open_scores(objects).read(frozenset[ScoreColumn]({"entropy", "topk"}))
+    got = open_scores(in_memory(objects)).read(frozenset[ScoreColumn]({"entropy", "topk"}))
 
     assert got.columns == {"entropy"}
 

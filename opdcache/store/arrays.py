@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from ..errors import InvalidShard, NotInstalled
 from ..schemas.columns import Compression
+from .files import File
 
 _ABSENT = np.iinfo(np.uint64).max
 _CHECKSUM_BYTES = 4
@@ -64,7 +65,7 @@ class StoredArray:
         dtype: of the values.
         chunk_tokens: C.
         compression: of each chunk.
-        data: the object with the chunks; None when every value is 0.
+        file: the object with the chunks; None when every value is 0.
         index: uint64 [chunks, 2], offset and length of each chunk in the object.
     """
 
@@ -72,7 +73,7 @@ class StoredArray:
     dtype: np.dtype[Any]
     chunk_tokens: int
     compression: Compression
-    data: bytes | None
+    file: File | None
     index: NDArray[np.uint64]
 
     def chunks(self, start: int, stop: int) -> Iterator[tuple[slice, NDArray[Any]]]:
@@ -93,53 +94,75 @@ class StoredArray:
             return parts[0]
         return np.concatenate([np.zeros((*self.shape[:-1], 0), self.dtype), *parts], axis=-1)
 
+    def at_hand(self, start: int, stop: int) -> bool:
+        """Whether the chunks of tokens ``start:stop`` are in memory."""
+        return self.file is None or self.file.at_hand(*self._bytes(start, stop))
+
+    def fetch(self, start: int, stop: int) -> None:
+        """Read the chunks of tokens ``start:stop`` into memory, in one request."""
+        if self.file is not None:
+            self.file.read(*self._bytes(start, stop))
+
+    def _bytes(self, start: int, stop: int) -> tuple[int, int]:
+        """Where in the object those chunks are: they follow one another."""
+        size = self.chunk_tokens
+        chunks = self.index[start // size : -(-stop // size)]
+        chunks = chunks[chunks[:, 0] != _ABSENT]
+        if not len(chunks):
+            return 0, 0
+        return int(chunks[:, 0].min()), int(chunks.sum(axis=1).max())
+
     def _chunk(self, number: int) -> NDArray[Any]:
         shape = (*self.shape[:-1], self.chunk_tokens)
         offset, length = (int(n) for n in self.index[number])
-        if self.data is None or offset == _ABSENT:
+        if self.file is None or offset == _ABSENT:
             return np.zeros(shape, self.dtype)
-        encoded = self.data[offset : offset + length]
+        encoded = self.file.read(offset, offset + length)
         return np.frombuffer(_DECODERS[self.compression](encoded), self.dtype).reshape(shape)
 
 
-def open_arrays(objects: Mapping[str, bytes]) -> tuple[dict[str, Any], dict[str, StoredArray]]:
+def open_arrays(files: Mapping[str, File]) -> tuple[dict[str, Any], dict[str, StoredArray]]:
     """A group's attributes and its arrays by name; nothing is decoded.
 
     Args:
-        objects: the group's objects by path below its root.
+        files: the group's objects by path below its root.
 
     Raises:
         InvalidShard: they are no group of the documented format.
     """
     try:
-        group = json.loads(objects["zarr.json"])
+        group = _json(files["zarr.json"])
         described = {
-            path.partition("/")[0]: json.loads(data)
-            for path, data in objects.items()
+            path.partition("/")[0]: _json(file)
+            for path, file in files.items()
             if path.endswith("/zarr.json")
         }
-        arrays = {name: _array(name, meta, objects) for name, meta in described.items()}
+        arrays = {name: _array(name, meta, files) for name, meta in described.items()}
         return group["attributes"], arrays
     except (KeyError, ValueError, TypeError, IndexError, StopIteration) as error:
         raise InvalidShard(f"not a group of score arrays: {error!r}") from error
 
 
-def _array(name: str, meta: Mapping[str, Any], objects: Mapping[str, bytes]) -> StoredArray:
+def _json(file: File) -> Any:
+    return json.loads(file.read(0, file.size_bytes))
+
+
+def _array(name: str, meta: Mapping[str, Any], files: Mapping[str, File]) -> StoredArray:
     shape = tuple(meta["shape"])
     sharding = next(c for c in meta["codecs"] if c["name"] == "sharding_indexed")["configuration"]
     chunk_tokens = sharding["chunk_shape"][-1]
     number = meta["chunk_grid"]["configuration"]["chunk_shape"][-1] // chunk_tokens
     compression = _COMPRESSIONS[sharding["codecs"][-1]["name"]]
-    data = objects.get(f"{name}/c/" + "/".join("0" for _ in shape))
+    file = files.get(f"{name}/c/" + "/".join("0" for _ in shape))
     index = np.full((number, 2), _ABSENT, np.uint64)
-    if data is not None:
-        end = len(data) - _CHECKSUM_BYTES
-        index = np.frombuffer(data[end - index.nbytes : end], "<u8").reshape(number, 2)
+    if file is not None:
+        end = file.size_bytes - _CHECKSUM_BYTES
+        index = np.frombuffer(file.read(end - index.nbytes, end), "<u8").reshape(number, 2)
     return StoredArray(
         shape=shape,
         dtype=np.dtype(meta["data_type"]).newbyteorder("<"),
         chunk_tokens=chunk_tokens,
         compression=compression,
-        data=data,
+        file=file,
         index=index,
     )

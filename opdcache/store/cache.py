@@ -9,10 +9,9 @@ Layout (``docs/format.md``)::
     runs/<run id>/<digest>.json                    keys that a run pins
 """
 
-import hashlib
 import json
 import secrets
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
@@ -35,11 +34,12 @@ from ..schemas.manifests import (
 from ..schemas.rounds import RolloutShard, ServedColumns
 from . import rollouts, scores
 from .claims import Claims
+from .files import REMEDY, CheckedFile, fetch, object_entry
 from .objects import ObjectStore
+from .rollouts import OpenRollouts
 
 AnyManifest = TypeVar("AnyManifest", RolloutManifest, ScoreManifest)
 _MANIFEST: TypeAdapter[RolloutManifest | ScoreManifest] = TypeAdapter(Manifest)
-_REMEDY = "delete the shard's manifest and run the stage again to make it anew"
 
 
 class Attempt:
@@ -54,8 +54,7 @@ class Attempt:
     def put(self, path: str, data: bytes) -> None:
         """Store one object, and note its hash for the manifest."""
         self._objects.put(f"{self._prefix}/{path}", data)
-        sha256 = hashlib.sha256(data).hexdigest()
-        self.entries.append(ObjectEntry(path=path, size_bytes=len(data), sha256=sha256))
+        self.entries.append(object_entry(path, data))
 
     def discard(self) -> None:
         """Delete what was stored."""
@@ -156,38 +155,56 @@ class Cache:
         Raises:
             ObjectMissing, ChecksumMismatch, InvalidShard: it is not what was committed.
         """
-        table = rollouts.decode_rollouts(self.objects_of(manifest)[rollouts.FILE])
+        file = self.files_of(manifest)[rollouts.FILE]
+        table = rollouts.decode_rollouts(file.read(0, file.size_bytes))
         if content_hash(table) != manifest.content:
             raise InvalidShard(
                 "content hash differs from the manifest's",
                 where=self.objects.at(rollout_commit(manifest.key)),
-                remedy=_REMEDY,
+                remedy=REMEDY,
             )
         return table
 
-    def open_scores(self, manifest: ScoreManifest) -> scores.OpenScores:
-        """The shard's scores, its objects read and checked against its manifest.
+    def open_rollouts(self, manifest: RolloutManifest, *, whole: bool) -> OpenRollouts:
+        """The shard's table, to be read by row, every byte checked against its manifest.
+
+        Args:
+            whole: read all of it at once; a shard that is small is in any case.
+
+        Raises:
+            ObjectMissing, ChecksumMismatch, InvalidShard: it is not what was committed.
+        """
+        (entry,) = manifest.objects
+        if whole or not entry.blocks:
+            return OpenRollouts.of(self.read_rollouts(manifest))
+        return rollouts.open_rollouts(self.files_of(manifest, whole=False)[rollouts.FILE])
+
+    def open_scores(self, manifest: ScoreManifest, *, whole: bool = True) -> scores.OpenScores:
+        """The shard's scores, every byte checked against its manifest.
+
+        Args:
+            whole: read all of it at once; its large objects are else read as they are needed.
 
         Raises:
             ObjectMissing, ChecksumMismatch, InvalidShard: it is not what was committed.
         """
         prefix = f"{scores.GROUP}/"
-        objects = {p.removeprefix(prefix): d for p, d in self.objects_of(manifest).items()}
-        opened = scores.open_scores(objects)
+        files = self.files_of(manifest, whole=whole)
+        opened = scores.open_scores({p.removeprefix(prefix): f for p, f in files.items()})
         if int(opened.token_offsets[-1]) != manifest.num_tokens:
             raise InvalidShard(
                 "token count differs from the manifest's",
                 where=self.objects.at(commit_path(manifest)),
                 expected=manifest.num_tokens,
                 got=int(opened.token_offsets[-1]),
-                remedy=_REMEDY,
+                remedy=REMEDY,
             )
         return opened
 
     def open_score_set(
-        self, content: str, teacher: str, served: Iterable[ServedColumns]
+        self, content: str, teacher: str, served: Iterable[ServedColumns], *, whole: bool = True
     ) -> ScoreSet:
-        """The score sets that a round pinned, objects read and checked.
+        """The score sets that a round pinned, see ``open_scores``.
 
         Raises:
             ObjectMissing, ChecksumMismatch, InvalidShard: a set is not what was committed.
@@ -202,7 +219,8 @@ class Cache:
                     where=self.objects.at(path),
                     remedy="run the score stage again",
                 )
-            parts.append((frozenset(item.columns), self.open_scores(manifest)))
+            opened = self.open_scores(manifest, whole=whole)
+            parts.append((frozenset(item.columns), opened))
         return ScoreSet(tuple(parts))
 
     def scored_by(
@@ -295,10 +313,10 @@ class Cache:
             stored = json.loads(data)
             body, sha256 = stored["manifest"], stored["sha256"]
         except (ValueError, TypeError, KeyError) as error:
-            raise InvalidShard("not a manifest", where=where, remedy=_REMEDY) from error
+            raise InvalidShard("not a manifest", where=where, remedy=REMEDY) from error
         if not _is_canonical(stored, data) or digest(body) != sha256:
             raise ChecksumMismatch(
-                "manifest does not match its checksum", where=where, remedy=_REMEDY
+                "manifest does not match its checksum", where=where, remedy=REMEDY
             )
         if body.get("schema_version", 0) > SCHEMA_VERSION:
             raise UnknownSchema(
@@ -319,7 +337,7 @@ class Cache:
             or commit_path(manifest) != path
             or key_of(manifest.identity) != manifest.key
         ):
-            raise InvalidShard("manifest is not of its key", where=where, remedy=_REMEDY)
+            raise InvalidShard("manifest is not of its key", where=where, remedy=REMEDY)
         return manifest
 
     def manifest(self, path: str) -> RolloutManifest | ScoreManifest | None:
@@ -332,29 +350,24 @@ class Cache:
             return self._load(path, RolloutManifest)
         return self._load(path, ScoreManifest)
 
-    def objects_of(self, manifest: RolloutManifest | ScoreManifest) -> dict[str, bytes]:
-        """Every object of a shard by path, its size and hash checked.
+    def files_of(
+        self, manifest: RolloutManifest | ScoreManifest, *, whole: bool = True
+    ) -> Mapping[str, CheckedFile]:
+        """The shard's objects by path, each checked before it is used.
+
+        Args:
+            whole: read them all at once, whole.
 
         Raises:
-            ObjectMissing, ChecksumMismatch: one is not what was committed.
+            ObjectMissing, ChecksumMismatch: one that is read is not what was committed.
         """
         prefix = data_prefix(manifest.key, manifest.attempt)
-        with ThreadPoolExecutor(max_workers=16) as pool:
-            return dict(pool.map(lambda entry: self._checked(prefix, entry), manifest.objects))
-
-    def _checked(self, prefix: str, entry: ObjectEntry) -> tuple[str, bytes]:
-        path = f"{prefix}/{entry.path}"
-        data = self.objects.get(path)
-        sha256 = hashlib.sha256(data).hexdigest()
-        if len(data) != entry.size_bytes or sha256 != entry.sha256:
-            raise ChecksumMismatch(
-                "object is not what was committed",
-                where=self.objects.at(path),
-                expected=f"sha256 {entry.sha256[:12]}, {entry.size_bytes} bytes",
-                got=f"{sha256[:12]}, {len(data)} bytes",
-                remedy=_REMEDY,
-            )
-        return entry.path, data
+        files = {
+            entry.path: CheckedFile(self.objects, f"{prefix}/{entry.path}", entry)
+            for entry in manifest.objects
+        }
+        fetch(files.values(), whole=whole)
+        return files
 
 
 def _goodness(manifest: ScoreManifest) -> tuple[int, float, float, str]:

@@ -94,6 +94,20 @@ class ObjectStore:
         with self._access(path):
             return bytes(obstore.get(self._store, path).bytes())
 
+    def get_range(self, path: str, start: int, stop: int) -> bytes:
+        """Bytes ``start:stop`` of an object; fewer when it ends before.
+
+        Raises:
+            ObjectMissing: it is not there.
+        """
+        with self._access(path):
+            try:
+                return bytes(obstore.get_range(self._store, path, start=start, end=stop))
+            except BaseError:
+                if obstore.head(self._store, path)["size"] >= stop:
+                    raise
+        return self.get(path)[start:stop]
+
     def info(self, path: str) -> ObjectInfo | None:
         """What the store says of an object; None when there is none."""
         try:

@@ -1,6 +1,7 @@
 """Rollout shards: completions of one task as a Parquet file, a row each."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -11,8 +12,10 @@ from numpy.typing import NDArray
 
 from ..errors import InvalidShard
 from ..schemas.columns import ROLLOUT_COLUMNS, rollout_schema
+from .files import File, Seekable
 
 FILE = "rollouts.parquet"
+GROUP_TOKENS = 32768
 Scalar = TypeVar("Scalar", bound=np.generic)
 
 
@@ -60,9 +63,11 @@ def rollout_table(completions: Sequence[Completion]) -> pa.Table:
 
 
 def encode_rollouts(table: pa.Table) -> bytes:
-    """The table as a Parquet file, zstd."""
+    """The table as a Parquet file, zstd, in groups of consecutive rows."""
     sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd")
+    mean_tokens = int(token_offsets(table)[-1]) / max(1, table.num_rows)
+    rows = max(1, int(GROUP_TOKENS / max(1, mean_tokens)))
+    pq.write_table(table, sink, compression="zstd", row_group_size=rows)
     return bytes(sink.getvalue())
 
 
@@ -72,15 +77,66 @@ def decode_rollouts(data: bytes) -> pa.Table:
     Raises:
         InvalidShard: not a Parquet file, or one without a rollout's columns.
     """
-    try:
+    with _decoding():
         table = pq.read_table(pa.BufferReader(data))
-    except (pa.ArrowException, OSError) as error:
-        raise InvalidShard(f"not a rollout shard: {error}") from error
+    _check_columns(table.column_names)
+    return table
+
+
+class OpenRollouts:
+    """A rollout shard that is read in groups of consecutive rows.
+
+    Attributes:
+        starts: int64 [groups + 1], the first row of each group.
+    """
+
+    def __init__(self, starts: NDArray[np.int64], read: Callable[[int], pa.Table]) -> None:
+        self.starts, self._read = starts, read
+
+    @classmethod
+    def of(cls, table: pa.Table) -> "OpenRollouts":
+        """A table at hand, as one group."""
+        return cls(np.asarray([0, table.num_rows]), lambda _: table)
+
+    def group(self, number: int) -> pa.Table:
+        """The rows ``starts[number]:starts[number + 1]``.
+
+        Raises:
+            InvalidShard: they cannot be decoded.
+        """
+        with _decoding():
+            return self._read(number)
+
+
+def open_rollouts(file: File) -> OpenRollouts:
+    """Open a shard; of a file that is not in memory the end is read, which says where rows are.
+
+    Raises:
+        InvalidShard: not a Parquet file, or one without a rollout's columns.
+    """
+    with _decoding():
+        parquet = pq.ParquetFile(pa.PythonFile(Seekable(file), mode="r"), pre_buffer=False)
+        metadata = parquet.metadata
+        counts = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
+    _check_columns(parquet.schema_arrow.names)
+    starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+    return OpenRollouts(starts, lambda number: parquet.read_row_group(number, use_threads=False))
+
+
+def _check_columns(names: Sequence[str]) -> None:
     needed = {column.name for column in ROLLOUT_COLUMNS if not column.optional}
-    absent = needed - set(table.column_names)
+    absent = needed - set(names)
     if absent:
         raise InvalidShard(f"not a rollout shard: no column {sorted(absent)[0]}")
-    return table
+
+
+@contextmanager
+def _decoding() -> Iterator[None]:
+    """Whatever a file's bytes make pyarrow say, as one error."""
+    try:
+        yield
+    except (pa.ArrowException, OSError) as error:
+        raise InvalidShard(f"not a rollout shard: {error}") from error
 
 
 def token_lists(table: pa.Table, column: str) -> list[NDArray[np.int32]]:

@@ -5,6 +5,7 @@ stored, and ``zarr.open_group`` reads it without this package. ``docs/format.md`
 """
 
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,7 @@ from ..errors import InvalidShard
 from ..schemas.columns import SCORE_ARRAYS, Compression, ScoreArray, ScoreColumn, score_arrays
 from . import codec
 from .arrays import StoredArray, open_arrays
+from .files import File
 
 GROUP = "scores.zarr"
 CHUNK_TOKENS = 32768
@@ -283,8 +285,22 @@ class OpenScores:
             InvalidShard: an array is missing, or cannot be decoded.
         """
         rows = rows or slice(0, len(self.token_offsets) - 1)
+        offsets = self.token_offsets[rows.start : rows.stop + 1]
+        self._fetch(columns, int(offsets[0]), int(offsets[-1]))
         with _decoding():
-            return self._read(columns, self.token_offsets[rows.start : rows.stop + 1])
+            return self._read(columns, offsets)
+
+    def _fetch(self, columns: frozenset[ScoreColumn], start: int, stop: int) -> None:
+        """Read what is not in memory yet of the columns' arrays, at once."""
+        far = [
+            self._arrays[spec.name]
+            for spec in SCORE_ARRAYS
+            if spec.column in columns and spec.name in self._arrays and spec.name != "rank_ids"
+            if not self._arrays[spec.name].at_hand(start, stop)
+        ]
+        if far:
+            with ThreadPoolExecutor(max_workers=len(far)) as pool:
+                list(pool.map(lambda array: array.fetch(start, stop), far))
 
     def _read(self, columns: frozenset[ScoreColumn], offsets: NDArray[np.int64]) -> Scores:
         start, stop = int(offsets[0]), int(offsets[-1])
@@ -342,13 +358,13 @@ class OpenScores:
         return logprobs_KT.T
 
 
-def open_scores(objects: Mapping[str, bytes]) -> OpenScores:
+def open_scores(files: Mapping[str, File]) -> OpenScores:
     """Open a shard from its objects, by path below ``scores.zarr/``.
 
     Raises:
         InvalidShard: they are no score shard.
     """
-    attributes, arrays = open_arrays(objects)
+    attributes, arrays = open_arrays(files)
 
     def whole(name: str) -> NDArray[Any]:
         return arrays[name].read(0, arrays[name].shape[0])

@@ -116,7 +116,7 @@ def verify(
         try:
             manifest = cache.manifest(path)
             if manifest is not None:
-                cache.objects_of(manifest)
+                cache.files_of(manifest)
                 if deep:
                     _check_contents(cache, manifest)
         except OpdcacheError as error:
@@ -222,8 +222,8 @@ def _copy_shard(
         return
     with destination.claims.hold(manifest.kind, manifest.key):  # against clean-ups
         attempt = destination.attempt(manifest.key)
-        for path, data in source.objects_of(manifest).items():
-            attempt.put(path, data)
+        for path, file in source.files_of(manifest).items():
+            attempt.put(path, file.read(0, file.size_bytes))
         destination.commit(attempt, manifest.model_copy(update={"attempt": attempt.name}))
     done.shards += 1
     done.size_bytes += sum(entry.size_bytes for entry in manifest.objects)
