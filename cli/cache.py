@@ -1,10 +1,11 @@
-"""``opdcache cache``: a group for looking at a cache, checking it, cleaning it and copying it."""
+"""``opdcache cache``: look at a cache, check it, clean it, copy it, export it."""
 
 from typing import TYPE_CHECKING
 
 import click
 
 if TYPE_CHECKING:
+    from ..export import Format
     from ..store.cache import Cache
 
 cache_url = click.argument("cache", metavar="CACHE")
@@ -24,17 +25,20 @@ def opened(url: str) -> "Cache":
 
 @click.group("cache")
 def command() -> None:
-    """List, verify, clean and copy a cache."""
+    """List, verify, clean, copy and export a cache."""
 
 
 @command.command("ls")
 @cache_url
 def ls(cache: str) -> None:
-    """Rollout and score sets: who made them, how large, how old, which runs use them."""
-    from ..store.upkeep import listed
-    from .tables import cache_table
+    """Rollout and score sets: how large, how old, which runs use them.
 
-    click.echo(cache_table(listed(opened(cache))))
+    Rollouts are made by a student, of prompts; scores are made by a teacher, of rollouts.
+    """
+    from ..store.upkeep import listed
+    from .tables import cache_lines
+
+    click.echo("\n".join(cache_lines(listed(opened(cache)))))
 
 
 @command.command("show")
@@ -43,9 +47,9 @@ def ls(cache: str) -> None:
 def show(cache: str, key: str) -> None:
     """What a shard's KEY (or its first characters) was made of, and who made it."""
     from ..errors import UsageError
-    from ..store.upkeep import listed, preimage
+    from ..store.upkeep import preimage, with_key
 
-    found = [one.manifest for one in listed(opened(cache)) if one.manifest.key.startswith(key)]
+    found = with_key(opened(cache), key)
     if len(found) != 1:
         raise UsageError(
             f"{len(found)} shards have a key that starts with {key!r}",
@@ -58,9 +62,13 @@ def show(cache: str, key: str) -> None:
 @command.command("verify")
 @cache_url
 @click.option("--deep", is_flag=True, help="decode every shard and hold it against its rollouts")
+@click.option("--dry-run", is_flag=True, help="only say what is wrong, put nothing aside")
 @click.pass_context
-def verify(context: click.Context, cache: str, deep: bool) -> None:
-    """Check every object against its manifest; exits 3 when something is wrong."""
+def verify(context: click.Context, cache: str, deep: bool, dry_run: bool) -> None:
+    """Check every object against its manifest; exits 3 when something is wrong.
+
+    A wrong shard is put aside in quarantine/ with the reason; its stage makes it anew.
+    """
     from ..store.upkeep import verify as check
 
     checked = 0
@@ -69,7 +77,7 @@ def verify(context: click.Context, cache: str, deep: bool) -> None:
         nonlocal checked
         checked += 1
 
-    problems = check(opened(cache), deep=deep, advance=advance)
+    problems = check(opened(cache), deep=deep, quarantine=not dry_run, advance=advance)
     for problem in problems:
         click.echo(f"{problem.path}: {problem.reason}", err=True)
     click.echo(f"{checked:,} shards checked, {len(problems)} wrong")
@@ -122,3 +130,54 @@ def copy(context: click.Context, cache: str, destination: str) -> None:
     for problem in done.damaged:
         click.echo(f"not copied: {problem.path}: {problem.reason}", err=True)
     context.exit(3 if done.damaged else 0)
+
+
+@command.command("export")
+@cache_url
+@click.option(
+    "--out",
+    required=True,
+    metavar="FOLDER",
+    type=click.Path(file_okay=False),
+    help="where the part files go; refused when it has some",
+)
+@click.option(
+    "--format",
+    "file_format",
+    type=click.Choice(["parquet", "arrow"]),
+    default="parquet",
+    show_default=True,
+    help="Parquet, or Arrow IPC files that readers can map into memory",
+)
+@click.option("--run", metavar="DIR", help="what the rounds of the run in this folder pinned")
+@click.option(
+    "--teacher",
+    metavar="FINGERPRINT",
+    default="",
+    help="every score set of one teacher; the fingerprint's first characters are enough",
+)
+def export(cache: str, out: str, file_format: "Format", run: str | None, teacher: str) -> None:
+    """Write tables that DuckDB, Polars and Hugging Face datasets open: a row a completion.
+
+    One part file a rollout shard and score set, of the whole cache unless --run or --teacher says
+    otherwise. All parts have the same columns: those that any of them has, null in the others.
+    """
+    from pathlib import Path
+
+    from .. import export as tables
+    from ..errors import UsageError
+
+    if run is not None and teacher:
+        raise UsageError("--run and --teacher do not go together", remedy="leave one out")
+    store = opened(cache)
+    if run is not None:
+        shards, left_out = tables.of_run(Path(run)), 0
+    else:
+        shards, left_out = tables.of_cache(store, teacher)
+    done = tables.export(store, shards, Path(out), file_format)
+    if left_out:
+        click.echo(f"left out {left_out:,} score sets whose rollouts are gone")
+    click.echo(
+        f"wrote {done.num_parts:,} parts, {done.num_rows:,} rows, {done.num_tokens:,} tokens, "
+        f"{done.size_bytes:,} bytes"
+    )

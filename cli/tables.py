@@ -1,6 +1,6 @@
 """Tables as text."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 
 from rich import box
@@ -8,7 +8,6 @@ from rich.console import Console
 from rich.table import Table
 
 from ..rounds import StageStatus
-from ..schemas.manifests import ScoreManifest
 from ..schemas.rounds import EvaluationRound
 from ..store.upkeep import Listed
 
@@ -39,42 +38,27 @@ def evaluation_table(rows: Sequence[EvaluationRound]) -> str:
     return as_text(table)
 
 
-def cache_table(rows: Sequence[Listed]) -> str:
-    """One line a shard, and the sum."""
-    table = Table(
-        "kind",
-        "key",
-        "made by",
-        "of",
-        "k",
-        "rows",
-        "tokens",
-        "bytes",
-        "age",
-        "runs",
-        box=box.SIMPLE,
-    )
-    now = datetime.now(UTC)
+def cache_lines(rows: Sequence[Listed]) -> Iterator[str]:
+    """One line a shard, and the sum; plain, since there may be very many."""
+    line = "{:8}  {:12}  {:12}  {:12}  {:>5}  {:>8}  {:>12}  {:>14}  {:>9}  {}".format
+    yield line("kind", "key", "made by", "of", "k", "rows", "tokens", "bytes", "age", "runs")
+    now, total = datetime.now(UTC), 0
     for row in rows:
-        manifest = row.manifest
-        if isinstance(manifest, ScoreManifest):
-            made_by, of, k = manifest.identity.teacher, manifest.rollout_key, manifest.identity.k
-        else:
-            made_by, of, k = manifest.identity.student, "", manifest.identity.student_topk
-        table.add_row(
-            manifest.kind,
-            manifest.key[:12],
-            made_by[:12],
-            of[:12],
-            str(k),
-            f"{manifest.num_rows:,}",
-            f"{manifest.num_tokens:,}",
-            f"{row.size_bytes:,}",
+        one = row.summary
+        total += one.size_bytes
+        yield line(
+            one.kind,
+            one.key[:12],
+            one.made_by[:12],
+            one.of[:12],
+            one.k,
+            f"{one.num_rows:,}",
+            f"{one.num_tokens:,}",
+            f"{one.size_bytes:,}",
             f"{(now - row.committed_at).total_seconds() / 3600:.1f} h",
             ", ".join(run[:8] for run in row.used_by),
-        )
-    rows_bytes = sum(row.size_bytes for row in rows)
-    return f"{as_text(table)}\n{len(rows):,} shards, {rows_bytes:,} bytes"
+        ).rstrip()
+    yield f"{len(rows):,} shards, {total:,} bytes"
 
 
 def status_table(rows: Sequence[StageStatus]) -> str:

@@ -14,6 +14,7 @@ from ..rounds import steps
 from ..runfile import load_run
 from ..runfolder import RunFolder
 from ..stage import interrupts
+from ..store.cache import Cache
 
 
 def run(run_file: Path) -> int:
@@ -21,7 +22,8 @@ def run(run_file: Path) -> int:
     config = load_run(run_file)
     assert config.output is not None
     folder = RunFolder(Path(config.output))
-    left = [step for step in steps(config) if not folder.is_done(config, step.stage, step.round)]
+    cache = Cache(config.cache)
+    left = [s for s in steps(config) if not folder.is_done(config, s.stage, s.round, cache)]
     if not left:
         print(f"all {config.rounds} rounds are done, nothing to do", file=sys.stderr)
     for step in left:

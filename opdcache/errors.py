@@ -39,6 +39,9 @@ class OpdcacheError(Exception):
         expected: what should have been there.
         got: what was there instead.
         remedy: what the reader can do next.
+
+    Attributes:
+        commit: path of the manifest of the shard that is at fault, when one is.
     """
 
     code = "OPD000"
@@ -55,6 +58,7 @@ class OpdcacheError(Exception):
     ) -> None:
         self.what, self.where, self.expected, self.got = what, where, expected, got
         self.remedy = remedy
+        self.commit: str | None = None
         message = what if where is None else f"{where}: {what}"
         if expected is not None or got is not None:
             parts = [("expected", expected), ("got", got)]

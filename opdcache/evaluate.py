@@ -15,6 +15,7 @@ from .runfolder import RunContext, model_folder
 from .schemas.rounds import EvaluationRound, HeldOutRound
 from .score.transformers_scorer import Sequences, TransformersScorer
 from .store import rollouts as shards
+from .store.upkeep import quarantining
 
 OVERLAP_K = 16
 ESTIMATOR = (
@@ -41,7 +42,8 @@ def run(context: RunContext) -> list[EvaluationRound]:
         rollouts = context.folder.find(HeldOutRound, round_index)
         if done is None and rollouts is not None:
             teacher = teacher or _model(context, model_folder(context.config.teacher))
-            context.folder.write(_evaluate(context, rollouts, teacher))
+            with quarantining(context.cache):
+                context.folder.write(_evaluate(context, rollouts, teacher))
             done = context.folder.need(EvaluationRound, round_index)
         if done is not None:
             made.append(done)

@@ -7,7 +7,7 @@ from pathlib import Path
 from .runfolder import RunFolder, stage_files
 from .schemas.config import RunConfig
 from .schemas.rounds import STAGES, HeldOutRound, RolloutRound, ScoreRound, Stage, TrainRound
-from .store.objects import ObjectStore
+from .store.cache import Cache
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +23,7 @@ class StageStatus:
     """How far a stage of a round is.
 
     Attributes:
-        state: done, under way, or waiting.
+        state: done, under way, waiting, or "to redo": a shard of it was put aside.
         unit: what is counted: shards, held-out ones included, or updates.
         done, total: counts; total is 0 while it is not known.
         cached: shards of a finished stage that another run had made.
@@ -56,12 +56,14 @@ def steps(config: RunConfig) -> Iterator[Step]:
 def status(config: RunConfig) -> list[StageStatus]:
     """Every stage of a run, from its files and the cache's commits; loads no model."""
     assert config.output is not None
-    folder = RunFolder(Path(config.output))
-    return [_status(folder, config, step) for step in steps(config)]
+    folder, cache = RunFolder(Path(config.output)), Cache(config.cache)
+    return [_status(folder, config, step, cache) for step in steps(config)]
 
 
-def _status(folder: RunFolder, config: RunConfig, step: Step) -> StageStatus:
+def _status(folder: RunFolder, config: RunConfig, step: Step, cache: Cache) -> StageStatus:
     files = [folder.find(kind, step.round) for kind in stage_files(config, step.stage, step.round)]
+    if all(files) and not folder.is_done(config, step.stage, step.round, cache):
+        return StageStatus(step, "to redo")
     match files:
         case [ScoreRound() as found]:
             tokens = sum(s.num_tokens for s in folder.need(RolloutRound, step.round).shards)
@@ -72,7 +74,7 @@ def _status(folder: RunFolder, config: RunConfig, step: Step) -> StageStatus:
             return _done(step, "updates", updates, 0, trained.num_tokens, trained.elapsed_s)
     sampled = [file for file in files if isinstance(file, RolloutRound | HeldOutRound)]
     if len(sampled) < len(files):
-        return _unfinished(folder, config, step)
+        return _unfinished(folder, config, step, cache)
     shards = [shard for file in sampled for shard in file.shards]
     cached, tokens = sum(s.cached for s in shards), sum(s.num_tokens for s in shards)
     return _done(step, "shards", len(shards), cached, tokens, sampled[0].elapsed_s)
@@ -84,7 +86,7 @@ def _done(
     return StageStatus(step, "done", unit, total, total, cached, num_tokens, elapsed_s)
 
 
-def _unfinished(folder: RunFolder, config: RunConfig, step: Step) -> StageStatus:
+def _unfinished(folder: RunFolder, config: RunConfig, step: Step, cache: Cache) -> StageStatus:
     if step.stage == "train":
         logged = sum(1 for row in folder.metrics() if row["round"] == step.round)
         if not logged:
@@ -94,8 +96,7 @@ def _unfinished(folder: RunFolder, config: RunConfig, step: Step) -> StageStatus
     plan = folder.find_plan(stage_files(config, step.stage, step.round)[0], step.round)
     if plan is None:
         return StageStatus(step, "waiting")
-    objects = ObjectStore(config.cache)
-    missing = sum(1 for path in plan.missing if objects.info(path) is None)
+    missing = sum(1 for path in plan.missing if cache.objects.info(path) is None)
     return StageStatus(step, "under way", "shards", plan.num_shards - missing, plan.num_shards)
 
 

@@ -1,7 +1,7 @@
 """A run's folder: what the run resolved to, its round files, its students.
 
-Round files are written once, by exclusive create, when a stage of a round is complete; which
-stages are done is read from them and from nothing else.
+Round files are written when a stage of a round is complete, and again only when a shard that they
+pin was put aside. Which stages are done is read from them and the cache's quarantine.
 """
 
 import json
@@ -43,7 +43,7 @@ from .schemas.rounds import (
     TrainRound,
 )
 from .stage import Progress, Worker
-from .store.cache import Cache
+from .store.cache import Cache, rollout_commit, score_commit
 from .store.claims import Claims
 from .store.objects import ObjectStore
 
@@ -126,14 +126,35 @@ class RunFolder:
             )
         return found
 
-    def is_done(self, config: RunConfig, stage: Stage, round_index: int) -> bool:
-        """Whether a stage of a round has written its files."""
-        files = stage_files(config, stage, round_index)
-        return all(self.find(kind, round_index) is not None for kind in files)
+    def is_done(self, config: RunConfig, stage: Stage, round_index: int, cache: Cache) -> bool:
+        """Whether a stage of a round has written its files, and what they pin is still there."""
+        files = [self.find(kind, round_index) for kind in stage_files(config, stage, round_index)]
+        return all(file is not None and self._is_sound(file, cache) for file in files)
 
-    def write(self, value: RoundFile) -> None:
-        """Write a round's file unless it is there: the first worker that finishes a stage does."""
-        _create(self.round_path(value.round) / _FILES[type(value)], value)
+    def _is_sound(self, file: RoundFile, cache: Cache) -> bool:
+        """Whether no shard that a round's file pins was put aside, or made anew otherwise."""
+        match file:
+            case RolloutRound() | HeldOutRound():
+                return not cache.gone({s.key: rollout_commit(s.key) for s in file.shards})
+            case ScoreRound():
+                rollouts = self.need(RolloutRound, file.round).shards
+                commits = {
+                    item.key: score_commit(shard.content, file.teacher, item.key)
+                    for shard in file.shards
+                    for item in shard.served
+                }
+                same = [s.content for s in rollouts] == [s.content for s in file.shards]
+                return same and not cache.gone(commits)
+            case _:
+                return True
+
+    def write(self, value: RoundFile, *, anew: bool = False) -> None:
+        """Write a round's file unless it is there: the first worker that finishes a stage does.
+
+        Args:
+            anew: replace what is there, which pins a shard that was put aside.
+        """
+        _create(self.round_path(value.round) / _FILES[type(value)], value, anew=anew)
 
     def write_plan(self, kind: type[RoundFile], round_index: int, plan: StagePlan) -> None:
         """Note what a stage sets out to make, unless an earlier call did.
@@ -361,11 +382,14 @@ def _read(kind: type[AnyFile], path: Path) -> AnyFile | None:
         ) from error
 
 
-def _create(path: Path, value: Model) -> None:
-    """Write a file whole, unless it is there."""
+def _create(path: Path, value: Model, *, anew: bool = False) -> None:
+    """Write a file whole, unless it is there or is to be written anew."""
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     draft.write_text(value.model_dump_json(indent=1) + "\n")
+    if anew:
+        draft.replace(path)
+        return
     try:
         os.link(draft, path)
     except FileExistsError:

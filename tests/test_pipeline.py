@@ -24,6 +24,7 @@ from opdcache.schemas.rounds import (
     TrainRound,
 )
 from opdcache.store.cache import Cache
+from opdcache.store.upkeep import verify
 
 from .conftest import EOS_ID
 
@@ -393,16 +394,20 @@ def test_two_workers_share_a_stage_and_each_shard_is_committed_once(
             assert len([a for a in attempts if list(a.rglob("zarr.json"))]) == 1
 
 
-def test_a_changed_byte_in_a_shard_stops_the_stage_that_reads_it(
-    finished: Path, tiny_student: Path, tiny_teacher: Path, tmp_path: Path
+@pytest.mark.parametrize("name", ["rollouts.parquet", "topk_steps/c/0/0"])
+def test_a_changed_byte_in_a_shard_stops_who_reads_it_and_the_stages_mend_it(
+    finished: Path, tiny_student: Path, tiny_teacher: Path, tmp_path: Path, name: str
 ) -> None:
     write_prompts(tmp_path)
     run = write_run(tmp_path, "damaged", tiny_student, tiny_teacher)
     subprocess.run(["cp", "-r", finished / "cache", tmp_path / "cache"], check=True)
     assert opdcache("rollout", run, "--round", 0).returncode == 0
     assert opdcache("score", run, "--round", 0).returncode == 0
-    key = RunFolder(tmp_path / "damaged").need(RolloutRound, 0).shards[0].key
-    file = next((tmp_path / "cache" / "data" / key[:2] / key).rglob("rollouts.parquet"))
+    folder, cache = RunFolder(tmp_path / "damaged"), Cache(str(tmp_path / "cache"))
+    shard = folder.need(RolloutRound, 0).shards[0]
+    scored = folder.need(ScoreRound, 0).shards[0].served[0]
+    key = shard.key if name == "rollouts.parquet" else scored.key
+    file = next((tmp_path / "cache" / "data" / key[:2] / key).rglob(name))
     data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 1
     file.write_bytes(data)
@@ -411,6 +416,15 @@ def test_a_changed_byte_in_a_shard_stops_the_stage_that_reads_it(
     assert key in done.stderr
     assert "Traceback" not in done.stderr
     assert "OPD301" in done.stderr.splitlines()[-1]
+    assert cache.quarantined() == {key}
+    assert "to redo" in opdcache("status", run).stdout
+    for stage in ("rollout", "score", "train"):
+        again = opdcache(stage, run, "--round", 0)
+        assert again.returncode == 0, again.stderr
+    assert cache.quarantined() == {key}
+    assert verify(cache, deep=True) == []
+    contents = [s.content for s in folder.need(RolloutRound, 0).shards]
+    assert contents == [s.content for s in folder.need(ScoreRound, 0).shards]
 
 
 def test_a_full_disk_is_one_line_and_loses_nothing(

@@ -1,5 +1,6 @@
 """Keeping a cache: verifying, cleaning, copying, on every kind of store."""
 
+import json
 import random
 import subprocess
 import sys
@@ -11,12 +12,23 @@ import numpy as np
 import pytest
 
 from opdcache.errors import ChecksumMismatch, StoreError
-from opdcache.identity import key_of
+from opdcache.identity import canonical_json, digest, key_of
 from opdcache.schemas.columns import SCORE_COLUMNS
 from opdcache.schemas.manifests import RolloutManifest
-from opdcache.store.cache import Cache, rollout_commit
+from opdcache.store.cache import Cache, data_prefix, rollout_commit
+from opdcache.store.objects import ObjectStore
 from opdcache.store.scores import Scores, TopK
-from opdcache.store.upkeep import Garbage, collect, copy, garbage, listed, pinned, verify
+from opdcache.store.upkeep import (
+    Garbage,
+    collect,
+    copy,
+    garbage,
+    listed,
+    pinned,
+    quarantining,
+    verify,
+    with_key,
+)
 
 from .s3_server import BUCKET, S3Server, s3_server
 from .shards import (
@@ -60,12 +72,44 @@ def test_a_listing_says_what_there_is_and_who_uses_it(cache: Cache) -> None:
     cache.pin("run-1", "rollouts", [one.key])
     cache.pin("run-2", "rollouts", [one.key, two.key])
 
-    found = {item.manifest.key: item for item in listed(cache)}
+    found = {item.summary.key: item for item in listed(cache)}
 
     assert len(found) == 6
     assert found[one.key].used_by == ("run-1", "run-2")
     assert found[two.key].used_by == ("run-2",)
-    assert found[one.key].size_bytes == one.objects[0].size_bytes
+    assert found[one.key].summary.size_bytes == one.objects[0].size_bytes
+
+
+def test_a_second_listing_reads_no_manifest_but_new_ones_and_notices_what_is_gone(
+    cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, two = filled(cache, "one", "two")
+    first = listed(cache)
+    cache.objects.delete(rollout_commit(one.key))
+    three = commit_rollouts(cache, "three", table([9]))
+    read, manifest = [], Cache.manifest
+    monkeypatch.setattr(Cache, "manifest", lambda c, path: read.append(path) or manifest(c, path))
+    second = listed(cache)
+    assert read == [rollout_commit(three.key)]
+    changed = {row.summary.key for row in {*first} ^ {*second}}
+    assert changed == {one.key, three.key}
+    assert {row.summary.of for row in second if row.summary.made_by == "7" * 64} == {
+        one.key,
+        two.key,
+    }
+    assert listed(cache) == second
+
+
+def test_a_damaged_index_is_not_believed(cache: Cache) -> None:
+    filled(cache, "one")
+    first = listed(cache)
+    (info,) = cache.objects.list("index")
+    data = bytearray(cache.objects.get(info.path))
+    data[len(data) // 2] ^= 1
+    cache.objects.put(info.path, bytes(data))
+    assert [problem.path for problem in verify(cache)] == [info.path]
+    assert listed(cache) == first
+    assert verify(cache) == []
 
 
 def test_a_sound_cache_verifies(cache: Cache) -> None:
@@ -78,7 +122,7 @@ def test_two_hundred_flipped_bits_are_all_detected(tmp_path: Path) -> None:
     cache = Cache(str(tmp_path))
     filled(cache, "one", "two", "three")
     rng = random.Random(0)
-    cache.pin("run", "rollouts", [item.manifest.key for item in listed(cache)])
+    cache.pin("run", "rollouts", [item.summary.key for item in listed(cache)])
     objects = sorted({*paths(cache), *(info.path for info in cache.objects.list("runs"))})
     for number in range(200):
         path = objects[number % len(objects)]
@@ -154,9 +198,97 @@ def test_a_deep_look_holds_scores_against_their_rollouts() -> None:
     ]
 
 
+def damage(cache: Cache, manifest: RolloutManifest) -> None:
+    path = f"{data_prefix(manifest.key, manifest.attempt)}/{manifest.objects[0].path}"
+    cache.objects.put(path, b"damaged")
+
+
+def test_a_wrong_shard_is_put_aside_with_its_reason_and_can_be_made_anew(cache: Cache) -> None:
+    sound, wrong = filled(cache, "sound", "wrong")
+    damage(cache, wrong)
+    committed = cache.objects.get(rollout_commit(wrong.key))
+    assert len(verify(cache)) == 1
+    assert cache.quarantined() == set()
+    (problem,) = verify(cache, quarantine=True)
+    assert problem.path == rollout_commit(wrong.key)
+    assert cache.rollouts(wrong.key) is None
+    assert cache.read_rollouts(sound).num_rows == 2
+    (info,) = cache.objects.list("quarantine")
+    record = json.loads(cache.objects.get(info.path))
+    assert record["commit"] == problem.path
+    assert record["manifest"].encode() == committed
+    assert "not what was committed" in record["reason"]
+    commits = {m.key: rollout_commit(m.key) for m in (sound, wrong)}
+    assert cache.gone(commits) == [wrong.key]
+    assert verify(cache, quarantine=True) == []
+    commit_rollouts(cache, "wrong", table([6, 6, 7], []))
+    assert cache.gone(commits) == []
+    assert verify(cache, deep=True) == []
+
+
+def test_a_damaged_manifest_is_put_aside_too(cache: Cache) -> None:
+    (rollout,) = filled(cache, "one")
+    cache.objects.put(rollout_commit(rollout.key), b"\xff{")
+    assert len(verify(cache, quarantine=True)) == 1
+    assert cache.gone({rollout.key: rollout_commit(rollout.key)}) == [rollout.key]
+
+
+def test_what_is_not_wrong_in_itself_is_named_and_left_alone(cache: Cache) -> None:
+    (rollout,) = filled(cache, "one")
+    path = rollout_commit(rollout.key)
+    body = json.loads(cache.objects.get(path))["manifest"] | {"schema_version": 9}
+    later = canonical_json({"manifest": body, "sha256": digest(body)})
+    cache.objects.put(path, later)
+    assert ["later version" in problem.reason for problem in verify(cache, quarantine=True)] == [
+        True
+    ]
+    assert cache.objects.get(path) == later
+    cache.objects.delete(path)
+    found = verify(cache, deep=True, quarantine=True)
+    assert {problem.reason.split(": ")[1] for problem in found} == {
+        "the rollouts of these scores are gone"
+    }
+    assert cache.quarantined() == set()
+
+
+def test_a_stage_that_reads_a_wrong_shard_puts_it_aside(cache: Cache) -> None:
+    (rollout,) = filled(cache, "one")
+    damage(cache, rollout)
+    with pytest.raises(ChecksumMismatch), quarantining(cache):
+        cache.read_rollouts(rollout)
+    assert cache.quarantined() == {rollout.key}
+
+
+def test_a_shard_that_is_sound_at_a_second_look_stays(
+    cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (rollout,) = filled(cache, "one")
+    read = ObjectStore.get
+    with monkeypatch.context() as patched:
+        patched.setattr(ObjectStore, "get", lambda *a: read(*a)[:-1])
+        with pytest.raises(ChecksumMismatch) as met:
+            cache.files_of(rollout)
+        with pytest.raises(ChecksumMismatch) as seen:
+            cache.read_rollouts(rollout)
+    assert met.value.commit is None
+    with pytest.raises(ChecksumMismatch), quarantining(cache):
+        raise seen.value
+    assert cache.quarantined() == set()
+
+
+def test_what_a_killed_worker_left_of_a_pinned_key_goes(cache: Cache) -> None:
+    (rollout,) = filled(cache, "one")
+    cache.pin("run", "rollouts", [rollout.key])
+    left = cache.attempt(rollout.key)
+    write_rollouts(left, rollout.identity)
+    collect(cache, garbage(cache, grace=NO_GRACE))
+    assert not [p for p in paths(cache) if left.name in p]
+    assert cache.read_rollouts(rollout).num_rows == 2
+
+
 def test_what_a_run_uses_or_somebody_makes_stays_and_the_rest_goes(cache: Cache) -> None:
     used, unused = filled(cache, "used", "unused")
-    scored = [i.manifest.key for i in listed(cache) if i.manifest.kind == "scores"]
+    scored = [i.summary.key for i in listed(cache) if i.summary.kind == "scores"]
     cache.pin("run", "rollouts", [used.key])
     cache.pin("run", "scores", scored)
     given_up, under_way = (rollout_identity(name) for name in ("given up", "under way"))
@@ -240,7 +372,7 @@ def test_a_copy_has_every_shard_and_a_second_one_does_nothing(cache: Cache, tmp_
     assert verify(there, deep=True) == []
     assert pinned(there) == pinned(cache)
     ours, theirs = (
-        {i.manifest.key: i.manifest.model_copy(update={"attempt": ""}) for i in listed(c)}
+        {m.key: m.model_copy(update={"attempt": ""}) for m in with_key(c, "")}
         for c in (cache, there)
     )
     assert ours == theirs
@@ -329,12 +461,12 @@ def test_a_cache_is_sound_after_fifty_killed_writers(tmp_path: Path) -> None:
     assert len(before) > 20
     assert verify(cache, deep=True) == []
     for item in before:
-        cache.pin("run", item.manifest.kind, [item.manifest.key])
+        cache.pin("run", item.summary.kind, [item.summary.key])
     left = garbage(cache, grace=NO_GRACE)
     assert left, "no kill fell into a shard"
     collect(cache, left)
     assert garbage(cache, grace=NO_GRACE) == []
-    assert [item.manifest for item in listed(cache)] == [item.manifest for item in before]
+    assert listed(cache) == before
     assert verify(cache, deep=True) == []
 
 
@@ -400,11 +532,13 @@ def test_the_commands_list_show_verify_copy_and_clean(tmp_path: Path) -> None:
     assert "would free" in said
     assert paths(cache) == before
     assert "of 2 shards" in opdcache("gc", ours, "--grace-hours", 0).stdout
-    assert [item.manifest.key for item in listed(cache)] == [rollout.key]
+    assert [item.summary.key for item in listed(cache)] == [rollout.key]
     path = next(p for p in paths(cache) if p.startswith("data"))
     cache.objects.put(path, b"damaged")
+    assert opdcache("verify", ours, "--dry-run").returncode == 3
     wrong = opdcache("verify", ours)
     assert wrong.returncode == 3
+    assert opdcache("verify", ours).returncode == 0
     assert "not what was committed" in wrong.stderr
     missing = opdcache("ls", tmp_path / "nowhere")
     assert (missing.returncode, missing.stderr.count("\n")) == (2, 1)

@@ -105,9 +105,15 @@ def run(context: RunContext, round_index: int) -> None:
         InputsMissing: the round before has not been trained.
         PromptError: the prompts cannot be read, or none is left.
     """
-    if context.folder.is_done(context.config, "rollout", round_index):
+    if context.folder.is_done(context.config, "rollout", round_index, context.cache):
         context.progress.say(f"round {round_index} rollout: already done, nothing to do")
         return
+    before = {
+        kind: context.folder.find(kind, round_index)
+        for kind in stage_files(context.config, "rollout", round_index)
+    }
+    if all(before.values()):
+        context.progress.say(f"round {round_index} rollout: making shards anew that were put aside")
     started = time.monotonic()
     plan = plan_round(context, round_index)
     tasks = plan.tasks
@@ -140,7 +146,8 @@ def run(context: RunContext, round_index: int) -> None:
                 shards=_listed(context, found, part.tasks),
                 dropped=part.dropped,
                 elapsed_s=round(time.monotonic() - started, 3),
-            )
+            ),
+            anew=before[kind] is not None,
         )
 
 

@@ -19,6 +19,7 @@ from ..store import rollouts as shards
 from ..store.arrays import need_compression
 from ..store.cache import Attempt, score_commit
 from ..store.scores import GROUP, Draws, Scores, StudentTopK, TopK, encode_scores
+from ..store.upkeep import quarantining
 from .transformers_scorer import Sequences, TransformersScorer
 
 
@@ -42,9 +43,13 @@ def run(context: RunContext, round_index: int) -> ScoreRound:
         InputsMissing: the round has no rollouts yet.
     """
     done = context.folder.find(ScoreRound, round_index)
-    if done is not None:
+    if done is not None and context.folder.is_done(
+        context.config, "score", round_index, context.cache
+    ):
         context.progress.say(f"round {round_index} score: already done, nothing to do")
         return done
+    if done is not None:
+        context.progress.say(f"round {round_index} score: making anew what was put aside")
     started = time.monotonic()
     need_compression(context.config.score.compression)
     rollouts = context.folder.need(RolloutRound, round_index).shards
@@ -64,7 +69,7 @@ def run(context: RunContext, round_index: int) -> ScoreRound:
     scorer = _Scorer(context)
     context.progress.begin(f"round {round_index} score", len(tasks), "shards")
     try:
-        with interrupts(give_up):
+        with interrupts(give_up), quarantining(context.cache):
             make_shards(
                 context.cache,
                 "scores",
@@ -85,7 +90,8 @@ def run(context: RunContext, round_index: int) -> ScoreRound:
             teacher=need.teacher,
             shards=listed,
             elapsed_s=round(time.monotonic() - started, 3),
-        )
+        ),
+        anew=done is not None,
     )
     return context.folder.need(ScoreRound, round_index)
 

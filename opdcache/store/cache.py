@@ -7,19 +7,28 @@ Layout (``docs/format.md``)::
     data/<key[:2]>/<key>/<attempt>/...             objects that a manifest names
     claims/<kind>/...                              leases, see ``claims``
     runs/<run id>/<digest>.json                    keys that a run pins
+    quarantine/<kind>/<key>.<digest>.json          manifest of a shard that was wrong, and why
+    index/<digest>.parquet                         what listings show, see ``index``
 """
 
 import json
 import secrets
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
 import pyarrow as pa
 from pydantic import TypeAdapter, ValidationError
 
-from ..errors import ChecksumMismatch, InvalidShard, ObjectMissing, UnknownSchema
+from ..errors import (
+    ChecksumMismatch,
+    IntegrityError,
+    InvalidShard,
+    ObjectMissing,
+    UnknownSchema,
+)
 from ..identity import canonical_json, content_hash, digest, key_of
 from ..schemas import SCHEMA_VERSION
 from ..schemas.columns import ScoreColumn
@@ -155,14 +164,15 @@ class Cache:
         Raises:
             ObjectMissing, ChecksumMismatch, InvalidShard: it is not what was committed.
         """
-        file = self.files_of(manifest)[rollouts.FILE]
-        table = rollouts.decode_rollouts(file.read(0, file.size_bytes))
-        if content_hash(table) != manifest.content:
-            raise InvalidShard(
-                "content hash differs from the manifest's",
-                where=self.objects.at(rollout_commit(manifest.key)),
-                remedy=REMEDY,
-            )
+        with _at_fault(manifest):
+            file = self.files_of(manifest)[rollouts.FILE]
+            table = rollouts.decode_rollouts(file.read(0, file.size_bytes))
+            if content_hash(table) != manifest.content:
+                raise InvalidShard(
+                    "content hash differs from the manifest's",
+                    where=self.objects.at(rollout_commit(manifest.key)),
+                    remedy=REMEDY,
+                )
         return table
 
     def open_rollouts(self, manifest: RolloutManifest, *, whole: bool) -> OpenRollouts:
@@ -189,16 +199,17 @@ class Cache:
             ObjectMissing, ChecksumMismatch, InvalidShard: it is not what was committed.
         """
         prefix = f"{scores.GROUP}/"
-        files = self.files_of(manifest, whole=whole)
-        opened = scores.open_scores({p.removeprefix(prefix): f for p, f in files.items()})
-        if int(opened.token_offsets[-1]) != manifest.num_tokens:
-            raise InvalidShard(
-                "token count differs from the manifest's",
-                where=self.objects.at(commit_path(manifest)),
-                expected=manifest.num_tokens,
-                got=int(opened.token_offsets[-1]),
-                remedy=REMEDY,
-            )
+        with _at_fault(manifest):
+            files = self.files_of(manifest, whole=whole)
+            opened = scores.open_scores({p.removeprefix(prefix): f for p, f in files.items()})
+            if int(opened.token_offsets[-1]) != manifest.num_tokens:
+                raise InvalidShard(
+                    "token count differs from the manifest's",
+                    where=self.objects.at(commit_path(manifest)),
+                    expected=manifest.num_tokens,
+                    got=int(opened.token_offsets[-1]),
+                    remedy=REMEDY,
+                )
         return opened
 
     def open_score_set(
@@ -302,6 +313,34 @@ class Cache:
             pinned.setdefault(kind, set()).update(keys)
         return pinned
 
+    def put_aside(self, path: str, reason: str) -> None:
+        """Quarantine the shard of a manifest below ``commits/``: the next stage makes it anew.
+
+        What it was and why it was wrong stays on record; its data stays until a clean-up.
+        """
+        try:
+            manifest = self.objects.get(path)
+        except ObjectMissing:
+            return  # somebody else has
+        _, kind, *_, name = path.split("/")
+        record = {"commit": path, "reason": reason, "manifest": manifest.decode(errors="replace")}
+        base = f"quarantine/{kind}/{name.removesuffix('.json')}"
+        self.objects.put(f"{base}.{digest(record)[:16]}.json", canonical_json(record))
+        self.objects.delete(path)
+
+    def quarantined(self) -> set[str]:
+        """Keys of shards that were put aside; some may have been made anew since."""
+        return {i.path.rsplit("/", 1)[1].partition(".")[0] for i in self.objects.list("quarantine")}
+
+    def gone(self, commits: Mapping[str, str]) -> list[str]:
+        """Those keys whose shard was put aside and has not been made anew.
+
+        Args:
+            commits: paths of manifests by key.
+        """
+        aside = self.quarantined() & set(commits)
+        return sorted(key for key in aside if self.objects.info(commits[key]) is None)
+
     def _load(self, path: str, kind: type[AnyManifest]) -> AnyManifest | None:
         """A manifest, checked against its own checksum, its version and its key."""
         try:
@@ -368,6 +407,16 @@ class Cache:
         }
         fetch(files.values(), whole=whole)
         return files
+
+
+@contextmanager
+def _at_fault(manifest: RolloutManifest | ScoreManifest) -> Iterator[None]:
+    """Errors about a shard say which it is."""
+    try:
+        yield
+    except (IntegrityError, ObjectMissing) as error:
+        error.commit = commit_path(manifest)
+        raise
 
 
 def _goodness(manifest: ScoreManifest) -> tuple[int, float, float, str]:

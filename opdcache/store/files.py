@@ -15,7 +15,7 @@ from ..errors import ChecksumMismatch
 from ..schemas.manifests import BLOCK_BYTES, ObjectEntry
 from .objects import ObjectStore
 
-REMEDY = "'opdcache cache verify --quarantine' puts it aside; run the stage again to make it anew"
+REMEDY = "'opdcache cache verify' puts the shard aside; run its stage again to make it anew"
 
 
 class File(Protocol):

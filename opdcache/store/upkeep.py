@@ -6,16 +6,26 @@ Everything is decided by manifests and pins; nothing here knows a run's folder.
 import json
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 
 import numpy as np
 import pyarrow as pa
 
-from ..errors import IntegrityError, InvalidShard, ObjectMissing, OpdcacheError
+from ..errors import (
+    InputsMissing,
+    IntegrityError,
+    InvalidShard,
+    ObjectMissing,
+    OpdcacheError,
+    UnknownSchema,
+)
 from ..schemas.manifests import RolloutManifest, ScoreManifest
-from . import rollouts
+from . import index, rollouts
 from .cache import Cache, commit_path
+from .index import Summary, summaries
+from .objects import ObjectInfo
 from .scores import Scores
 
 AnyManifest = RolloutManifest | ScoreManifest
@@ -25,16 +35,11 @@ _MASS_SLACK = 0.02
 
 @dataclass(frozen=True, slots=True)
 class Listed:
-    """A committed shard."""
+    """A committed shard, when it was committed, and which runs use it."""
 
-    manifest: AnyManifest
+    summary: Summary
     committed_at: datetime
     used_by: tuple[str, ...]
-
-    @property
-    def size_bytes(self) -> int:
-        """Bytes of its objects."""
-        return sum(entry.size_bytes for entry in self.manifest.objects)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,12 +84,20 @@ def listed(cache: Cache) -> list[Listed]:
         IntegrityError: a manifest is not what was committed; ``verify`` names them all.
     """
     users = pinned(cache)
+    commits = {info.path: info for info in _commits(cache)}
     found = [
-        Listed(manifest, at, tuple(sorted(users.get((manifest.kind, manifest.key), ()))))
-        for path, at in _commits(cache)
-        if (manifest := cache.manifest(path)) is not None
+        Listed(
+            one, commits[one.path].last_modified, tuple(sorted(users.get((one.kind, one.key), ())))
+        )
+        for one in summaries(cache, commits.values())
     ]
-    return sorted(found, key=lambda one: (one.manifest.kind, one.committed_at, one.manifest.key))
+    return sorted(found, key=lambda one: (one.summary.kind, one.committed_at, one.summary.key))
+
+
+def with_key(cache: Cache, start: str) -> list[AnyManifest]:
+    """Manifests of the shards whose key starts so."""
+    named = [i.path for i in _commits(cache) if i.path.rsplit("/", 1)[1].startswith(start)]
+    return [manifest for path in named if (manifest := cache.manifest(path)) is not None]
 
 
 def pinned(cache: Cache) -> dict[tuple[str, str], set[str]]:
@@ -98,12 +111,17 @@ def pinned(cache: Cache) -> dict[tuple[str, str], set[str]]:
 
 
 def verify(
-    cache: Cache, *, deep: bool = False, advance: Callable[[], None] = lambda: None
+    cache: Cache,
+    *,
+    deep: bool = False,
+    quarantine: bool = False,
+    advance: Callable[[], None] = lambda: None,
 ) -> list[Problem]:
     """Everything that is not what was committed.
 
     Args:
         deep: decode every shard too, and hold it against the format and its rollouts.
+        quarantine: put wrong shards aside, so that the next stage makes them anew.
         advance: called after every shard.
     """
     problems = []
@@ -112,17 +130,56 @@ def verify(
             cache.pins(run)
         except OpdcacheError as error:
             problems.append(Problem(f"runs/{run}", str(error)))
-    for path, _ in sorted(_commits(cache)):
+    problems += [
+        Problem(info.path, "not what was written; delete it")
+        for info in [*cache.objects.list("quarantine"), *cache.objects.list(index.FOLDER)]
+        if not index.is_named_by_its_hash(info.path, cache.objects.get(info.path))
+    ]
+    for path in sorted(info.path for info in _commits(cache)):
         try:
-            manifest = cache.manifest(path)
-            if manifest is not None:
-                cache.files_of(manifest)
-                if deep:
-                    _check_contents(cache, manifest)
+            _check(cache, path, deep)
         except OpdcacheError as error:
             problems.append(Problem(path, str(error)))
+            if quarantine and _is_wrong(error):
+                cache.put_aside(path, str(error))
         advance()
     return problems
+
+
+@contextmanager
+def quarantining(cache: Cache) -> Iterator[None]:
+    """A shard that is found wrong within the block, and still is at a second look, is put aside."""
+    try:
+        yield
+    except OpdcacheError as error:
+        if error.commit is not None and _is_wrong(error):
+            try:
+                _check(cache, error.commit, deep=False)
+            except OpdcacheError as again:
+                if _is_wrong(again):
+                    cache.put_aside(error.commit, str(again))
+        raise
+
+
+def _is_wrong(error: OpdcacheError) -> bool:
+    """Whether an error means that a shard is not what was committed; not so a later version's."""
+    return isinstance(error, IntegrityError | ObjectMissing) and not isinstance(
+        error, UnknownSchema
+    )
+
+
+def _check(cache: Cache, path: str, deep: bool) -> None:
+    """One shard against its manifest, and when looking deep against the format.
+
+    Raises:
+        OpdcacheError: it is not what was committed, or that cannot be told.
+    """
+    manifest = cache.manifest(path)
+    if manifest is None:
+        return
+    cache.files_of(manifest)
+    if deep:
+        _check_contents(cache, manifest)
 
 
 def garbage(cache: Cache, *, grace: timedelta = timedelta(hours=24)) -> list[Garbage]:
@@ -148,7 +205,8 @@ def garbage(cache: Cache, *, grace: timedelta = timedelta(hours=24)) -> list[Gar
             info.last_modified, newest.get((key, attempt), info.last_modified)
         )
     found, committed = [], set()
-    for path, at in _commits(cache):
+    for info in _commits(cache):
+        path, at = info.path, info.last_modified
         manifest = cache.manifest(path)
         if manifest is None:
             continue
@@ -176,8 +234,10 @@ def collect(cache: Cache, found: list[Garbage]) -> list[Garbage]:
         What was taken away.
     """
     now = cache.objects.now()
-    taken_up = {key for _, key in pinned(cache)} | _claimed(cache, now, timedelta(0))
-    gone = [item for item in found if item.key not in taken_up]
+    claimed = _claimed(cache, now, timedelta(0))
+    taken_up = {key for _, key in pinned(cache)} | claimed
+    # An attempt that was not committed is of no use to a run that pins its key.
+    gone = [i for i in found if i.key not in (taken_up if i.commit is not None else claimed)]
     for item in gone:
         if item.commit is not None:
             cache.objects.delete(item.commit)
@@ -196,7 +256,7 @@ def copy(source: Cache, destination: Cache, say: Callable[[str], None] = lambda 
     for run in _runs(source):
         for kind, keys in source.pins(run).items():
             destination.pin(run, kind, keys)  # before the shards: no clean-up comes between
-    for path, _ in sorted(_commits(source), key=lambda commit: commit[0]):
+    for path in sorted(info.path for info in _commits(source)):
         try:
             manifest = source.manifest(path)
             if manifest is not None:
@@ -243,10 +303,8 @@ def _unwelcome(destination: Cache, manifest: AnyManifest) -> str | None:
     return None
 
 
-def _commits(cache: Cache) -> Iterator[tuple[str, datetime]]:
-    for info in cache.objects.list("commits"):
-        if info.path.endswith(".json"):
-            yield info.path, info.last_modified
+def _commits(cache: Cache) -> Iterator[ObjectInfo]:
+    return (i for i in cache.objects.list("commits") if i.path.endswith(".json"))
 
 
 def _runs(cache: Cache) -> list[str]:
@@ -271,6 +329,7 @@ def _check_contents(cache: Cache, manifest: AnyManifest) -> None:
 
     Raises:
         InvalidShard: it contradicts one of them.
+        InputsMissing: they are scores whose rollouts are gone; nothing is wrong with themselves.
     """
     where = cache.objects.at(commit_path(manifest))
     if isinstance(manifest, RolloutManifest):
@@ -278,7 +337,7 @@ def _check_contents(cache: Cache, manifest: AnyManifest) -> None:
     else:
         rollout = cache.rollouts(manifest.rollout_key)
         if rollout is None or rollout.content != manifest.identity.content:
-            raise ObjectMissing("the rollouts of these scores are gone", where=where)
+            raise InputsMissing("the rollouts of these scores are gone", where=where)
         opened = cache.open_scores(manifest)
         offsets = rollouts.token_offsets(cache.read_rollouts(rollout))
         faults = _score_faults(opened.read(frozenset(manifest.identity.columns)), offsets, manifest)

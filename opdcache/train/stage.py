@@ -13,6 +13,7 @@ from ..identity import digest, model_fingerprint
 from ..runfolder import RunContext
 from ..schemas.rounds import RolloutRound, ScoreRound, TrainRound
 from ..stage import interrupts
+from ..store.upkeep import quarantining
 from .learner import Learner, Position, Saved
 from .live import ids_to_gather, live, means, metric_sums, on_support, within_support
 from .losses import token_losses
@@ -42,7 +43,8 @@ def run(context: RunContext, round_index: int) -> TrainRound:
                 where=context.folder.path,
                 remedy="run the same command again, to see that it is done",
             )
-        _train(context, round_index)
+        with quarantining(context.cache):
+            _train(context, round_index)
     return context.folder.need(TrainRound, round_index)
 
 
