@@ -40,24 +40,20 @@ def evaluation_table(rows: Sequence[EvaluationRound]) -> str:
 
 def cache_lines(rows: Sequence[Listed]) -> Iterator[str]:
     """One line a shard, and the sum; plain, since there may be very many."""
-    line = "{:8}  {:12}  {:12}  {:12}  {:>5}  {:>8}  {:>12}  {:>14}  {:>9}  {}".format
-    yield line("kind", "key", "made by", "of", "k", "rows", "tokens", "bytes", "age", "runs")
-    now, total = datetime.now(UTC), 0
-    for row in rows:
-        one = row.summary
+    yield (
+        "kind      key           made by       of                k      rows        tokens"
+        "           bytes        age  runs"
+    )
+    now, total = datetime.now(UTC).timestamp(), 0
+    for one, committed_at, used_by in rows:
         total += one.size_bytes
-        yield line(
-            one.kind,
-            one.key[:12],
-            one.made_by[:12],
-            one.of[:12],
-            one.k,
-            f"{one.num_rows:,}",
-            f"{one.num_tokens:,}",
-            f"{one.size_bytes:,}",
-            f"{(now - row.committed_at).total_seconds() / 3600:.1f} h",
-            ", ".join(run[:8] for run in row.used_by),
-        ).rstrip()
+        age = f"{(now - committed_at.timestamp()) / 3600:.1f} h"
+        runs = ", ".join(run[:8] for run in used_by)
+        yield (
+            f"{one.kind:8}  {one.key[:12]:12}  {one.made_by[:12]:12}  {one.of[:12]:12}"
+            f"  {one.k:5}  {one.num_rows:8,}  {one.num_tokens:12,}  {one.size_bytes:14,}"
+            f"  {age:>9}  {runs}"
+        )
     yield f"{len(rows):,} shards, {total:,} bytes"
 
 

@@ -43,7 +43,7 @@ from .schemas.rounds import (
     TrainRound,
 )
 from .stage import Progress, Worker
-from .store.cache import Cache, rollout_commit, score_commit
+from .store.cache import Cache, score_commit
 from .store.claims import Claims
 from .store.objects import ObjectStore
 
@@ -135,7 +135,9 @@ class RunFolder:
         """Whether no shard that a round's file pins was put aside, or made anew otherwise."""
         match file:
             case RolloutRound() | HeldOutRound():
-                return not cache.gone({s.key: rollout_commit(s.key) for s in file.shards})
+                aside = cache.quarantined()
+                again = ((s, cache.rollouts(s.key)) for s in file.shards if s.key in aside)
+                return all(made and made.content == shard.content for shard, made in again)
             case ScoreRound():
                 rollouts = self.need(RolloutRound, file.round).shards
                 commits = {

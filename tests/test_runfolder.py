@@ -11,8 +11,11 @@ from opdcache.errors import ConfigError, Held, InputsMissing, PromptError, RunCh
 from opdcache.rollout.stage import RolloutPlan, plan_round
 from opdcache.runfolder import RunContext, RunFolder, open_run
 from opdcache.schemas.config import RunConfig
-from opdcache.schemas.rounds import HeldOutRound, RolloutRound
+from opdcache.schemas.rounds import HeldOutRound, RolloutRound, ServedColumns
 from opdcache.stage import Silent, Worker
+from opdcache.store.cache import Cache, as_listed, commit_path, rollout_commit
+
+from . import handmade, shards
 
 SHORT, LONG = "hi", "a prompt of many more tokens than the other one has"
 
@@ -151,3 +154,40 @@ def test_an_evaluation_of_nothing_is_an_error(base: dict[str, object]) -> None:
     without = {name: part for name, part in base.items() if name != "evaluation"}
     with pytest.raises(ConfigError, match="add 'evaluation'"):
         evaluate.run(opened(without | {"output": base["output"] + "2"}))  # type: ignore[operator]
+
+
+def test_a_stage_is_undone_while_a_shard_that_it_pinned_is_put_aside(tmp_path: Path) -> None:
+    cache, folder = Cache(str(tmp_path / "cache")), RunFolder(tmp_path / "run")
+    config = RunConfig.model_validate(
+        {
+            "student": {"model": "s"},
+            "teacher": {"model": "t"},
+            "prompts": {"source": {"type": "jsonl", "path": "p"}},
+        }
+    )
+    rollout = shards.commit_rollouts(cache)
+    scores = shards.commit_scores(cache, rollout, "entropy")
+    served = ServedColumns(key=scores.key, columns=("entropy",))
+    files = handmade.rounds([as_listed(rollout, cached=False)], [[served]])
+    for file in files:
+        folder.write(file)
+
+    def done() -> tuple[bool, bool]:
+        return tuple(folder.is_done(config, stage, 0, cache) for stage in ("rollout", "score"))
+
+    assert done() == (True, True)
+    cache.put_aside(commit_path(scores), "damaged")
+    assert done() == (True, False)
+    shards.commit_scores(cache, rollout, "entropy")
+    assert done() == (True, True)
+    cache.put_aside(rollout_commit(rollout.key), "damaged")
+    assert done() == (False, True)
+    other = shards.commit_rollouts(cache, rows=shards.table([8, 8, 8], []))
+    assert other.key == rollout.key
+    assert done() == (False, True)  # the file still pins the old tokens
+    again = handmade.rounds([as_listed(other, cached=False)], [[served]])[0]
+    folder.write(again)
+    assert folder.need(RolloutRound, 0) == files[0]
+    folder.write(again, anew=True)
+    assert folder.need(RolloutRound, 0) == again
+    assert done() == (True, False)

@@ -98,6 +98,10 @@ def test_a_second_listing_reads_no_manifest_but_new_ones_and_notices_what_is_gon
         two.key,
     }
     assert listed(cache) == second
+    cache.objects.delete(rollout_commit(three.key))
+    commit_rollouts(cache, "three", table([9, 9, 9, 9]))
+    rows = {row.summary.key: row.summary for row in listed(cache)}
+    assert rows[three.key].num_tokens == 4
 
 
 def test_a_damaged_index_is_not_believed(cache: Cache) -> None:

@@ -141,7 +141,7 @@ def _served(context: RunContext, rollout: RolloutShard, need: ScoreRequirement) 
     if served is None:
         raise InputsMissing(
             "a score set went away while the stage ran",
-            where=context.cache.objects.at(f"commits/scores/{rollout.content}"),
+            where=context.cache.objects.at(f"commits/scores/{rollout.content[:3]}"),
             remedy="run the same command again",
         )
     return ScoredShard(

@@ -3,7 +3,7 @@
 Layout (``docs/format.md``)::
 
     commits/rollouts/<key>.json                    manifest; its presence commits the shard
-    commits/scores/<content>/<teacher>/<key>.json
+    commits/scores/<content[:3]>/<content>.<teacher>.<key>.json
     data/<key[:2]>/<key>/<attempt>/...             objects that a manifest names
     claims/<kind>/...                              leases, see ``claims``
     runs/<run id>/<digest>.json                    keys that a run pins
@@ -14,7 +14,6 @@ Layout (``docs/format.md``)::
 import json
 import secrets
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
@@ -43,7 +42,7 @@ from ..schemas.manifests import (
 from ..schemas.rounds import RolloutShard, ServedColumns
 from . import rollouts, scores
 from .claims import Claims
-from .files import REMEDY, CheckedFile, fetch, object_entry
+from .files import REMEDY, CheckedFile, begin, object_entry
 from .objects import ObjectStore
 from .rollouts import OpenRollouts
 
@@ -127,15 +126,15 @@ class Cache:
     def committed_rollouts(self, keys: Iterable[str]) -> dict[str, RolloutManifest]:
         """Those of the keys that are committed."""
         wanted = list(keys)
-        with ThreadPoolExecutor(max_workers=16) as pool:
-            found = pool.map(self.rollouts, wanted)
+        found = self.objects.each(self.rollouts, wanted)
         return {key: manifest for key, manifest in zip(wanted, found, strict=True) if manifest}
 
     def score_sets(self, content: str, teacher: str) -> list[ScoreManifest]:
         """Every committed score set of a rollout content by one teacher, oldest first."""
-        prefix = f"commits/scores/{content}/{teacher}"
-        listed = sorted(self.objects.list(prefix), key=lambda o: (o.last_modified, o.path))
-        found = [self._load(info.path, ScoreManifest) for info in listed]
+        listed = self.objects.list(f"commits/scores/{content[:3]}")
+        ours = [i for i in listed if score_names(i.path)[:2] == (content, teacher)]
+        ours.sort(key=lambda info: (info.last_modified, info.path))
+        found = [self._load(info.path, ScoreManifest) for info in ours]
         return [manifest for manifest in found if manifest is not None]
 
     def serve(
@@ -243,7 +242,7 @@ class Cache:
         """
         best: dict[str, ScoreManifest] = {}
         for info in self.objects.list("commits/scores"):
-            if info.path.split("/")[-2] != teacher:
+            if score_names(info.path)[1] != teacher:
                 continue
             manifest = self._load(info.path, ScoreManifest)
             if manifest is None or not columns <= set(manifest.identity.columns):
@@ -322,10 +321,10 @@ class Cache:
             manifest = self.objects.get(path)
         except ObjectMissing:
             return  # somebody else has
-        _, kind, *_, name = path.split("/")
+        kind, key = path.split("/")[1], shard_key(path)
         record = {"commit": path, "reason": reason, "manifest": manifest.decode(errors="replace")}
-        base = f"quarantine/{kind}/{name.removesuffix('.json')}"
-        self.objects.put(f"{base}.{digest(record)[:16]}.json", canonical_json(record))
+        aside = f"quarantine/{kind}/{key}.{digest(record)[:16]}.json"
+        self.objects.put(aside, canonical_json(record))
         self.objects.delete(path)
 
     def quarantined(self) -> set[str]:
@@ -405,7 +404,7 @@ class Cache:
             entry.path: CheckedFile(self.objects, f"{prefix}/{entry.path}", entry)
             for entry in manifest.objects
         }
-        fetch(files.values(), whole=whole)
+        self.objects.each(lambda file: begin(file, whole=whole), files.values())
         return files
 
 
@@ -448,8 +447,20 @@ def rollout_commit(key: str) -> str:
 
 
 def score_commit(content: str, teacher: str, key: str) -> str:
-    """Where a score set's manifest is."""
-    return f"commits/scores/{content}/{teacher}/{key}.json"
+    """Where a score set's manifest is: few folders, since those are what a listing costs."""
+    return f"commits/scores/{content[:3]}/{content}.{teacher}.{key}.json"
+
+
+def score_names(path: str) -> tuple[str, str, str]:
+    """Content, teacher and key of a path below ``commits/scores/``; empty when it is none."""
+    content, _, rest = path.rpartition("/")[2].removesuffix(".json").partition(".")
+    teacher, _, key = rest.partition(".")
+    return content, teacher, key
+
+
+def shard_key(path: str) -> str:
+    """Key of the shard that a manifest below ``commits/`` commits."""
+    return path.removesuffix(".json").replace("/", ".").rpartition(".")[2]
 
 
 def _is_canonical(value: object, data: bytes) -> bool:

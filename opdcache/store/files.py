@@ -6,8 +6,7 @@ so some bytes of a large object can be read, and checked, without the rest.
 
 import hashlib
 import io
-from collections.abc import Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -131,16 +130,11 @@ class CheckedFile:
             )
 
 
-def fetch(files: Iterable[CheckedFile], *, whole: bool) -> None:
-    """Read files at once: whole, or of those longer than a block the last one, which has the index
-    of what is before it."""
-
-    def begin(file: CheckedFile) -> None:
-        is_small = file.size_bytes <= BLOCK_BYTES
-        file.read(0 if whole or is_small else file.size_bytes - 1, file.size_bytes)
-
-    with ThreadPoolExecutor(max_workers=16) as pool:
-        list(pool.map(begin, files))
+def begin(file: CheckedFile, *, whole: bool) -> None:
+    """Read a file whole or, when it is longer than a block, the last one: it has the index of what
+    is before it."""
+    is_small = file.size_bytes <= BLOCK_BYTES
+    file.read(0 if whole or is_small else file.size_bytes - 1, file.size_bytes)
 
 
 class Seekable(io.RawIOBase):

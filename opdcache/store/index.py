@@ -6,8 +6,7 @@ as long as the store gives its manifest the same ETag; what is new is read, and 
 
 import hashlib
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, fields
+from typing import NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -19,9 +18,8 @@ from .objects import ObjectInfo
 FOLDER = "index"
 
 
-@dataclass(frozen=True, slots=True)
-class Summary:
-    """What a listing shows of a manifest.
+class Summary(NamedTuple):
+    """What a listing shows of a manifest; there may be very many.
 
     Attributes:
         made_by: fingerprint of the student that sampled, or of the teacher that scored.
@@ -42,21 +40,20 @@ class Summary:
 
 
 def summaries(cache: Cache, commits: Iterable[ObjectInfo]) -> list[Summary]:
-    """A summary of every manifest that is still there, in the order given.
+    """A summary of every manifest that is still there.
 
     Raises:
         IntegrityError: one that has not been read before is not what was committed.
     """
     listed = {info.path: info.etag or "" for info in commits}
     known = _load(cache)
-    new = [path for path, etag in listed.items() if (path, etag) not in known]
-    with ThreadPoolExecutor(max_workers=16) as pool:
-        made = list(pool.map(lambda path: _summary(cache, path, listed[path]), new))
-    known |= {(one.path, one.etag): one for one in made if one is not None}
-    found = [known[item] for item in listed.items() if item in known]
+    found = {path: one for path, etag in listed.items() if (one := known.get((path, etag)))}
+    new = [path for path in listed if path not in found]
+    made = cache.objects.each(lambda path: _summary(cache, path, listed[path]), new)
+    found |= {one.path: one for one in made if one is not None}
     if new:
-        _keep(cache, found)
-    return found
+        _keep(cache, found.values())
+    return list(found.values())
 
 
 def forget(cache: Cache) -> None:
@@ -99,17 +96,18 @@ def _load(cache: Cache) -> dict[tuple[str, str], Summary]:
     for info in cache.objects.list(FOLDER):
         data = cache.objects.get(info.path)
         if is_named_by_its_hash(info.path, data):
-            columns = pq.read_table(pa.BufferReader(data)).to_pydict()
-            if list(columns) == [field.name for field in fields(Summary)]:
-                rows = zip(*columns.values(), strict=True)
-                return {(one.path, one.etag): one for one in (Summary(*row) for row in rows)}
+            table = pq.read_table(pa.BufferReader(data))
+            if tuple(table.column_names) == Summary._fields:
+                columns = [column.to_numpy().tolist() for column in table.columns]
+                rows = map(Summary._make, zip(*columns, strict=True))
+                return {(row.path, row.etag): row for row in rows}
     return {}
 
 
 def _keep(cache: Cache, found: Iterable[Summary]) -> None:
     old = [info.path for info in cache.objects.list(FOLDER)]
     sink = pa.BufferOutputStream()
-    pq.write_table(pa.Table.from_pylist([asdict(one) for one in found]), sink, compression="zstd")
+    pq.write_table(pa.Table.from_pylist([one._asdict() for one in found]), sink, compression="zstd")
     data = bytes(sink.getvalue())
     path = f"{FOLDER}/{hashlib.sha256(data).hexdigest()[:16]}.parquet"
     cache.objects.put(path, data)

@@ -8,12 +8,13 @@ meets errors of ``opdcache.errors`` only.
 import os
 import re
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import obstore
 from obstore.exceptions import (
@@ -28,6 +29,10 @@ if TYPE_CHECKING:
     from obstore.store import RetryConfig
 
 from ..errors import ObjectMissing, StoreError, StoreFull, StoreUnavailable
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+_AT_ONCE = 16
 
 # Signs of a fault in a store's message, none of which a path can hold by chance.
 _FULL = re.compile(r"\(os error (28|122)\)")
@@ -61,6 +66,7 @@ class ObjectStore:
         """
         self.url = url
         self._pid = os.getpid()
+        self._threads = ThreadPoolExecutor(max_workers=_AT_ONCE)
         self._folder: Path | None = None
         with _errors(url):
             if url.startswith("memory://"):
@@ -70,6 +76,10 @@ class ObjectStore:
             else:
                 self._folder = Path(url.removeprefix("file://")).resolve()
                 self._store = LocalStore(self._folder, mkdir=True)
+
+    def each(self, do: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
+        """What an operation on this store gives for every item, several at once."""
+        return list(self._threads.map(do, items))
 
     def put(self, path: str, data: bytes) -> None:
         """Write an object whole, replacing what is there."""
@@ -119,7 +129,7 @@ class ObjectStore:
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
         """Objects whose path is below ``prefix``, a folder; in no order."""
         with self._access(prefix):
-            for batch in obstore.list(self._store, prefix.rstrip("/")):
+            for batch in obstore.list(self._store, prefix.rstrip("/"), chunk_size=5000):
                 yield from map(_info, batch)
 
     def delete(self, path: str) -> None:

@@ -78,7 +78,7 @@ def decode_rollouts(data: bytes) -> pa.Table:
         InvalidShard: not a Parquet file, or one without a rollout's columns.
     """
     with _decoding():
-        table = pq.read_table(pa.BufferReader(data))
+        table = pq.ParquetFile(pa.BufferReader(data)).read(use_threads=False)
     _check_columns(table.column_names)
     return table
 

@@ -8,21 +8,20 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import zarr
 from numpy.typing import NDArray
-from zarr.abc.buffer import Buffer
-from zarr.codecs import BloscCodec, BloscShuffle
-from zarr.codecs.numcodecs import PCodec
-from zarr.storage import MemoryStore
 
 from ..errors import InvalidShard
 from ..schemas.columns import SCORE_ARRAYS, Compression, ScoreArray, ScoreColumn, score_arrays
 from . import codec
 from .arrays import StoredArray, open_arrays
 from .files import File
+
+if TYPE_CHECKING:
+    import zarr
+    from zarr.abc.buffer import Buffer
 
 GROUP = "scores.zarr"
 CHUNK_TOKENS = 32768
@@ -194,6 +193,9 @@ def encode_scores(
         attributes: more attributes of the group.
         compression: of the arrays' chunks.
     """
+    import zarr  # what only reads needs a fraction of a second less
+    from zarr.storage import MemoryStore
+
     encoded: dict[str, Buffer] = {}
     group = zarr.create_group(
         MemoryStore(encoded),
@@ -230,7 +232,7 @@ def _to_arrays(scores: Scores, step: float) -> dict[str, NDArray[np.generic]]:
 
 
 def _write(
-    group: zarr.Group, spec: ScoreArray, values: NDArray[np.generic], compression: Compression
+    group: "zarr.Group", spec: ScoreArray, values: NDArray[np.generic], compression: Compression
 ) -> None:
     """One array: chunks of tokens inside a single object."""
     dtype = np.dtype(spec.dtype) if spec.dtype != "uint" else values.dtype
@@ -252,6 +254,9 @@ def _write(
 
 
 def _codecs(compression: Compression, dtype: np.dtype[Any]) -> dict[str, Any]:
+    from zarr.codecs import BloscCodec, BloscShuffle
+    from zarr.codecs.numcodecs import PCodec
+
     if compression == "pcodec":
         return {"serializer": PCodec(), "compressors": None}
     byte_planes = BloscShuffle.shuffle

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -23,7 +24,7 @@ from ..errors import (
 )
 from ..schemas.manifests import RolloutManifest, ScoreManifest
 from . import index, rollouts
-from .cache import Cache, commit_path
+from .cache import Cache, commit_path, shard_key
 from .index import Summary, summaries
 from .objects import ObjectInfo
 from .scores import Scores
@@ -33,8 +34,7 @@ _MASS_SLACK = 0.02
 """Kept log-probs and tail are rounded; their mass may exceed 1 by this."""
 
 
-@dataclass(frozen=True, slots=True)
-class Listed:
+class Listed(NamedTuple):
     """A committed shard, when it was committed, and which runs use it."""
 
     summary: Summary
@@ -96,7 +96,7 @@ def listed(cache: Cache) -> list[Listed]:
 
 def with_key(cache: Cache, start: str) -> list[AnyManifest]:
     """Manifests of the shards whose key starts so."""
-    named = [i.path for i in _commits(cache) if i.path.rsplit("/", 1)[1].startswith(start)]
+    named = [info.path for info in _commits(cache) if shard_key(info.path).startswith(start)]
     return [manifest for path in named if (manifest := cache.manifest(path)) is not None]
 
 
