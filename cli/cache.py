@@ -35,9 +35,12 @@ def ls(cache: str) -> None:
 
     Rollouts are made by a student, of prompts; scores are made by a teacher, of rollouts.
     """
+    import gc
+
     from ..store.upkeep import listed
     from .tables import cache_lines
 
+    gc.disable()  # very many small objects, which are all kept
     click.echo("\n".join(cache_lines(listed(opened(cache)))))
 
 
