@@ -168,13 +168,14 @@ def export(cache: str, out: str, file_format: "Format", run: str | None, teacher
     from pathlib import Path
 
     from .. import export as tables
+    from ..data import of_run
     from ..errors import UsageError
 
     if run is not None and teacher:
         raise UsageError("--run and --teacher do not go together", remedy="leave one out")
     store = opened(cache)
     if run is not None:
-        shards, left_out = tables.of_run(Path(run)), 0
+        shards, left_out = of_run(run), 0
     else:
         shards, left_out = tables.of_cache(store, teacher)
     done = tables.export(store, shards, Path(out), file_format)

@@ -13,10 +13,10 @@ Samples are a plain sequence of records. ``opdcache.torch_data`` makes tensors o
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Lock
-from typing import Any, overload
+from typing import Any, get_args, overload
 
 import numpy as np
 import pyarrow as pa
@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from .errors import InputsMissing
 from .runfolder import RunFolder
-from .schemas.columns import SCORE_COLUMNS, ScoreColumn
+from .schemas.columns import ScoreColumn
 from .schemas.rounds import RolloutRound, RolloutShard, ScoreRound, ServedColumns
 from .store import rollouts as tables
 from .store.cache import Cache, ScoreSet
@@ -82,7 +82,7 @@ class OpenCache:
         self,
         run: Path | str,
         rounds: Iterable[int] | None = None,
-        columns: Iterable[ScoreColumn] = SCORE_COLUMNS,
+        columns: Iterable[ScoreColumn] = get_args(ScoreColumn),
     ) -> "Samples":
         """The samples that a run's rounds pinned, in the order of its shards.
 
@@ -95,20 +95,14 @@ class OpenCache:
             InputsMissing: the run has no scored round, or not one that was asked for, or none of
                 the columns.
         """
-        folder, wanted = RunFolder(Path(run)), frozenset(columns)
-        listed: list[Scored] = []
-        for index in _scored_rounds(folder) if rounds is None else rounds:
-            rollouts, scores = folder.need(RolloutRound, index), folder.need(ScoreRound, index)
-            listed += [
-                Scored(shard, scores.teacher, _only(scored.served, wanted))
-                for shard, scored in zip(rollouts.shards, scores.shards, strict=True)
-            ]
-        if not listed:
-            raise InputsMissing("the run has no scored round yet", where=folder.path)
+        wanted = frozenset(columns)
+        listed = [
+            replace(scored, served=_only(scored.served, wanted)) for scored in of_run(run, rounds)
+        ]
         if not all(scored.served for scored in listed):
             raise InputsMissing(
                 f"the run stores none of the columns {', '.join(sorted(wanted))}",
-                where=folder.path,
+                where=run,
                 remedy="ask for others, or add them to score.columns",
             )
         return Samples(self._cache, listed)
@@ -130,6 +124,27 @@ class OpenCache:
                 where=self._cache.objects.url,
             )
         return Samples(self._cache, [Scored(shard, teacher, served) for shard, served in found])
+
+
+def of_run(run: Path | str, rounds: Iterable[int] | None = None) -> list[Scored]:
+    """What a run's rounds pinned, in the order of its shards.
+
+    Args:
+        rounds: every scored one by default.
+
+    Raises:
+        InputsMissing: the run has no scored round, or not one that was asked for.
+    """
+    folder, listed = RunFolder(Path(run)), list[Scored]()
+    for index in _scored_rounds(folder) if rounds is None else rounds:
+        rollouts, scores = folder.need(RolloutRound, index), folder.need(ScoreRound, index)
+        listed += [
+            Scored(shard, scores.teacher, scored.served)
+            for shard, scored in zip(rollouts.shards, scores.shards, strict=True)
+        ]
+    if not listed:
+        raise InputsMissing("the run has no scored round yet", where=run)
+    return listed
 
 
 def open_cache(url: str | Path) -> OpenCache:

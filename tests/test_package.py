@@ -102,8 +102,9 @@ def test_zarr_and_obstore_are_each_imported_somewhere() -> None:
     assert importers("obstore")
 
 
-def test_parquet_is_read_and_written_in_the_store_and_read_for_prompts() -> None:
-    assert importers("pyarrow.parquet") == {"opdcache.store.rollouts", "opdcache.prompts"}
+def test_parquet_is_read_and_written_in_the_store_and_where_tables_come_in_and_go_out() -> None:
+    doors = {"opdcache.store.rollouts", "opdcache.store.index"}
+    assert importers("pyarrow.parquet") == {*doors, "opdcache.prompts", "opdcache.export"}
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -144,7 +145,10 @@ def test_the_contract_imports_nothing_outside_itself() -> None:
         ),
         (("opdcache.rollout", "opdcache.score", "opdcache.train"), ("rounds", "cli", "jobs")),
         (("opdcache.rounds", "opdcache.evaluate"), ("cli", "jobs")),
-        (("opdcache.data", "opdcache.torch_data"), ("rollout", "score", "train", "cli", "jobs")),
+        (
+            ("opdcache.data", "opdcache.torch_data", "opdcache.export"),
+            ("rollout", "score", "train", "cli", "jobs"),
+        ),
         (("opdcache.jobs",), ("cli",)),
     ],
 )
@@ -153,7 +157,9 @@ def test_a_layer_imports_only_downward(layer: tuple[str, ...], above: tuple[str,
     assert importers(*(f"opdcache.{name}" for name in above)) & below(*layer) == set()
 
 
-@pytest.mark.parametrize("layer", ["opdcache.schemas", "opdcache.store", "opdcache.cli"])
+@pytest.mark.parametrize(
+    "layer", ["opdcache.schemas", "opdcache.store", "opdcache.export", "opdcache.cli"]
+)
 def test_no_engine_is_imported_with_a_light_layer(layer: str) -> None:
     heavy = {
         (name, imported)
