@@ -83,8 +83,9 @@ def verify(context: click.Context, cache: str, deep: bool, dry_run: bool) -> Non
     problems = check(opened(cache), deep=deep, quarantine=not dry_run, advance=advance)
     for problem in problems:
         click.echo(f"{problem.path}: {problem.reason}", err=True)
-    click.echo(f"{checked:,} shards checked, {len(problems)} wrong")
-    context.exit(3 if problems else 0)
+    wrong = sum(problem.is_wrong for problem in problems)
+    click.echo(f"{checked:,} shards checked, {wrong} wrong")
+    context.exit(3 if wrong else 0)
 
 
 @command.command("gc")

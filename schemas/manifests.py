@@ -84,7 +84,7 @@ class ScoreRequirement(Model):
     mass: float = Field(description="least mass threshold")
     num_ids: int = Field(description="entries are kept among the ids below this")
     step: float = Field(description="coarsest quantisation step")
-    draws: int = Field(0, ge=0, description="least ids drawn a token")
+    draws: int = Field(0, ge=0, description="least ids drawn a token, whatever their seed")
 
     def served_by(self, scores: ScoreIdentity) -> frozenset[ScoreColumn]:
         """The needed columns that this set gives; empty when it is another teacher's."""

@@ -297,7 +297,7 @@ def test_a_manifest_with_an_unknown_field_is_refused(cache: Cache) -> None:
     manifest = commit_rollouts(cache)
     restate(cache, rollout_commit(manifest.key), novelty=1)
 
-    with pytest.raises(InvalidShard):
+    with pytest.raises(UnknownSchema):
         cache.rollouts(manifest.key)
 
 

@@ -263,6 +263,8 @@ def test_entries_below_the_floor_are_ties_at_the_floor() -> None:
 def test_levels_below_the_floor_are_refused() -> None:
     with pytest.raises(InvalidShard, match="below the clip floor"):
         codec.decode_descending(np.asarray([[2_000], [1_000]], np.uint16), STEP)
+    with pytest.raises(InvalidShard, match="below the clip floor"):
+        codec.decode_descending(np.asarray([[10], [2**16 - 6]], np.uint16), STEP)
 
 
 def test_draws_are_counted_and_the_most_frequent_come_first() -> None:

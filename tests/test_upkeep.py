@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from opdcache.errors import ChecksumMismatch, StoreError
+from opdcache.errors import ChecksumMismatch, InvalidShard, StoreError
 from opdcache.identity import canonical_json, digest, key_of
 from opdcache.schemas.columns import SCORE_COLUMNS
 from opdcache.schemas.manifests import RolloutManifest
@@ -252,7 +252,61 @@ def test_what_is_not_wrong_in_itself_is_named_and_left_alone(cache: Cache) -> No
     assert {problem.reason.split(": ")[1] for problem in found} == {
         "the rollouts of these scores are gone"
     }
+    assert not any(problem.is_wrong for problem in found)
     assert cache.quarantined() == set()
+
+
+def test_a_shard_that_somebody_makes_anew_meanwhile_is_not_put_aside(cache: Cache) -> None:
+    (rollout,) = filled(cache, "one")
+    damage(cache, rollout)
+    with pytest.raises(ChecksumMismatch) as met:
+        cache.read_rollouts(rollout)
+    other = Cache(cache.objects.url) if "memory" not in cache.objects.url else cache
+    held = other.claims.hold("rollouts", rollout.key)
+    with held, pytest.raises(ChecksumMismatch), quarantining(cache):
+        raise met.value
+    assert cache.quarantined() == set()
+    verify(cache, quarantine=True)
+    anew = commit_rollouts(cache, "one", table([5, 6, 7], []))
+    with pytest.raises(ChecksumMismatch), quarantining(cache):
+        raise met.value
+    assert cache.rollouts(rollout.key) == anew
+
+
+def test_a_stage_that_meets_a_damaged_manifest_puts_it_aside(cache: Cache) -> None:
+    (rollout,) = filled(cache, "one")
+    cache.objects.put(rollout_commit(rollout.key), b"{}")
+    with pytest.raises(InvalidShard), quarantining(cache):
+        cache.rollouts(rollout.key)
+    assert cache.quarantined() == {rollout.key}
+
+
+def test_who_may_only_read_lists_all_the_same(
+    cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: object) -> None:
+        raise StoreError("not allowed")
+
+    filled(cache, "one")
+    monkeypatch.setattr(ObjectStore, "put", refused)
+    assert len(listed(cache)) == 3
+
+
+def test_an_index_that_another_listing_replaces_is_no_fault(
+    cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    filled(cache, "one")
+    listed(cache)
+    read = ObjectStore.get
+
+    def vanished(store: ObjectStore, path: str) -> bytes:
+        if path.startswith("index/"):
+            store.delete(path)
+        return read(store, path)
+
+    monkeypatch.setattr(ObjectStore, "get", vanished)
+    assert len(listed(cache)) == 3
+    assert verify(cache) == []
 
 
 def test_a_stage_that_reads_a_wrong_shard_puts_it_aside(cache: Cache) -> None:

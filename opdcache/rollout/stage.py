@@ -5,7 +5,7 @@ engine start. One shard holds one task and is generated as one batch of requests
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -26,10 +26,11 @@ from ..prompts import (
 from ..runfolder import RunContext, load_tokenizer, stage_files
 from ..schemas.config import PromptsConfig
 from ..schemas.manifests import RolloutIdentity, RolloutManifest, Sampling
-from ..schemas.rounds import HeldOutRound, RolloutRound, RolloutShard, StagePlan
+from ..schemas.rounds import HeldOutRound, RolloutRound, RolloutShard, RoundFile, StagePlan
 from ..stage import give_up, interrupts, make_shards, provenance
 from ..store import rollouts as shards
 from ..store.cache import Attempt, as_listed, rollout_commit
+from ..store.upkeep import quarantining
 from .engine import Draw, Sampler
 
 _EVALUATION_ROUND = -1
@@ -114,6 +115,15 @@ def run(context: RunContext, round_index: int) -> None:
     }
     if all(before.values()):
         context.progress.say(f"round {round_index} rollout: making shards anew that were put aside")
+    with quarantining(context.cache):
+        _run(context, round_index, before)
+
+
+def _run(
+    context: RunContext,
+    round_index: int,
+    before: Mapping[type[RoundFile], RoundFile | None],
+) -> None:
     started = time.monotonic()
     plan = plan_round(context, round_index)
     tasks = plan.tasks

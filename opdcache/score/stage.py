@@ -50,6 +50,11 @@ def run(context: RunContext, round_index: int) -> ScoreRound:
         return done
     if done is not None:
         context.progress.say(f"round {round_index} score: making anew what was put aside")
+    with quarantining(context.cache):
+        return _run(context, round_index, anew=done is not None)
+
+
+def _run(context: RunContext, round_index: int, *, anew: bool) -> ScoreRound:
     started = time.monotonic()
     need_compression(context.config.score.compression)
     rollouts = context.folder.need(RolloutRound, round_index).shards
@@ -69,7 +74,7 @@ def run(context: RunContext, round_index: int) -> ScoreRound:
     scorer = _Scorer(context)
     context.progress.begin(f"round {round_index} score", len(tasks), "shards")
     try:
-        with interrupts(give_up), quarantining(context.cache):
+        with interrupts(give_up):
             make_shards(
                 context.cache,
                 "scores",
@@ -91,7 +96,7 @@ def run(context: RunContext, round_index: int) -> ScoreRound:
             shards=listed,
             elapsed_s=round(time.monotonic() - started, 3),
         ),
-        anew=done is not None,
+        anew=anew,
     )
     return context.folder.need(ScoreRound, round_index)
 

@@ -74,13 +74,14 @@ class Attempt:
 class ScoreSet:
     """Score sets of one rollout shard that together give what is read, objects at hand."""
 
-    parts: tuple[tuple[frozenset[ScoreColumn], scores.OpenScores], ...]
+    parts: tuple[tuple[frozenset[ScoreColumn], scores.OpenScores, ScoreManifest], ...]
 
     def read(self, rows: slice | None = None) -> scores.Scores:
         """Every part's columns, of all completions or of consecutive ones."""
-        read = [opened.read(columns, rows) for columns, opened in self.parts]
         whole: dict[str, object] = {}
-        for part in read:
+        for columns, opened, manifest in self.parts:
+            with _at_fault(manifest):
+                part = opened.read(columns, rows)
             for name in scores.Scores.__slots__:
                 if (value := getattr(part, name)) is not None:
                     whole.setdefault(name, value)
@@ -111,7 +112,7 @@ class Cache:
             raise ObjectMissing(
                 "a rollout shard that the round uses is gone",
                 where=where,
-                remedy="delete the round's files and run it again",
+                remedy="run the same command again; if that does not help, delete the round",
             )
         if manifest.content != shard.content:
             raise InvalidShard(
@@ -119,7 +120,7 @@ class Cache:
                 where=where,
                 expected=f"content {shard.content[:12]}",
                 got=manifest.content[:12],
-                remedy="delete the round's files and run it again, scoring included",
+                remedy="run the round's stages again; if that does not help, delete its files",
             )
         return manifest
 
@@ -230,7 +231,7 @@ class Cache:
                     remedy="run the score stage again",
                 )
             opened = self.open_scores(manifest, whole=whole)
-            parts.append((frozenset(item.columns), opened))
+            parts.append((frozenset(item.columns), opened, manifest))
         return ScoreSet(tuple(parts))
 
     def scored_by(
@@ -343,6 +344,13 @@ class Cache:
     def _load(self, path: str, kind: type[AnyManifest]) -> AnyManifest | None:
         """A manifest, checked against its own checksum, its version and its key."""
         try:
+            return self._loaded(path, kind)
+        except IntegrityError as error:
+            error.commit = path
+            raise
+
+    def _loaded(self, path: str, kind: type[AnyManifest]) -> AnyManifest | None:
+        try:
             data = self.objects.get(path)
         except ObjectMissing:
             return None
@@ -367,13 +375,15 @@ class Cache:
         try:
             manifest = _MANIFEST.validate_python(body)
         except ValidationError as error:
-            raise InvalidShard(
-                f"not a manifest: {error.errors()[0]['msg']}", where=where
+            raise UnknownSchema(
+                f"not a manifest of this version: {error.errors()[0]['msg']}",
+                where=where,
+                remedy="read it with the version that wrote it",
             ) from error
         if (
             not isinstance(manifest, kind)
             or commit_path(manifest) != path
-            or key_of(manifest.identity) != manifest.key
+            or digest(body["identity"]) != manifest.key
         ):
             raise InvalidShard("manifest is not of its key", where=where, remedy=REMEDY)
         return manifest
@@ -418,10 +428,10 @@ def _at_fault(manifest: RolloutManifest | ScoreManifest) -> Iterator[None]:
         raise
 
 
-def _goodness(manifest: ScoreManifest) -> tuple[int, float, float, str]:
+def _goodness(manifest: ScoreManifest) -> tuple[int, int, float, float, str]:
     """Wider, then finer; the key settles the rest, alike on every machine."""
     identity = manifest.identity
-    return identity.k, identity.mass, -identity.step, manifest.key
+    return identity.k, identity.draws, identity.mass, -identity.step, manifest.key
 
 
 def as_listed(manifest: RolloutManifest, *, cached: bool) -> RolloutShard:

@@ -56,7 +56,9 @@ def encode_logprobs(logprobs: Floats, step: float) -> NDArray[np.uint16]:
     return levels
 
 
-def decode_logprobs(levels: NDArray[np.uint16], step: float, out: Floats | None = None) -> Floats:
+def decode_logprobs(
+    levels: NDArray[np.unsignedinteger[Any]], step: float, out: Floats | None = None
+) -> Floats:
     """Inverse of ``encode_logprobs``, within its bound above the clip floor.
 
     Raises:
@@ -99,7 +101,7 @@ def decode_descending(
         InvalidShard: drops lead below the clip floor.
     """
     filled = np.empty(drops_KT.shape, np.float32) if out is None else out
-    levels_T = np.zeros(drops_KT.shape[1:], np.uint16)
+    levels_T = np.zeros(drops_KT.shape[1:], np.uint32)
     for rank_T, drops_T in zip(filled, drops_KT, strict=True):
         levels_T += drops_T
         rank_T[:] = decode_logprobs(levels_T, step)

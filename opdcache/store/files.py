@@ -106,6 +106,8 @@ class CheckedFile:
     def _fetch(self, first: int, last: int) -> None:
         """Blocks ``first:last``; all of them are checked as one object."""
         begin, end = first * BLOCK_BYTES, min(last * BLOCK_BYTES, self.size_bytes)
+        if not self.entry.blocks:
+            first, last, begin, end = 0, -(-self.size_bytes // BLOCK_BYTES) or 1, 0, self.size_bytes
         if begin == 0 and end == self.size_bytes:
             data = self.objects.get(self.path)
             self._check(self.entry.sha256, data, self.size_bytes)
@@ -131,8 +133,10 @@ class CheckedFile:
 
 
 def begin(file: CheckedFile, *, whole: bool) -> None:
-    """Read a file whole or, when it is longer than a block, the last one: it has the index of what
-    is before it."""
+    """Read a file whole, or of one longer than a block the last one.
+
+    That block has the index of what is before it.
+    """
     is_small = file.size_bytes <= BLOCK_BYTES
     file.read(0 if whole or is_small else file.size_bytes - 1, file.size_bytes)
 

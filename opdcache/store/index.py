@@ -5,12 +5,14 @@ as long as the store gives its manifest the same ETag; what is new is read, and 
 """
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from typing import NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ..errors import ObjectMissing, StoreError
 from ..schemas.manifests import RolloutManifest, ScoreManifest
 from .cache import Cache
 from .objects import ObjectInfo
@@ -52,7 +54,8 @@ def summaries(cache: Cache, commits: Iterable[ObjectInfo]) -> list[Summary]:
     made = cache.objects.each(lambda path: _summary(cache, path, listed[path]), new)
     found |= {one.path: one for one in made if one is not None}
     if new:
-        _keep(cache, found.values())
+        with suppress(StoreError):  # who may only read lists all the same
+            _keep(cache, [one for one in found.values() if one.etag])
     return list(found.values())
 
 
@@ -91,11 +94,17 @@ def _summary(cache: Cache, path: str, etag: str) -> Summary | None:
     )
 
 
+def objects_below(cache: Cache, folder: str) -> Iterator[tuple[str, bytes]]:
+    """Objects of a folder that others may delete meanwhile."""
+    for info in list(cache.objects.list(folder)):
+        with suppress(ObjectMissing):
+            yield info.path, cache.objects.get(info.path)
+
+
 def _load(cache: Cache) -> dict[tuple[str, str], Summary]:
     """Entries of the index by path and ETag; none when it is not there, or not sound."""
-    for info in cache.objects.list(FOLDER):
-        data = cache.objects.get(info.path)
-        if is_named_by_its_hash(info.path, data):
+    for path, data in objects_below(cache, FOLDER):
+        if is_named_by_its_hash(path, data):
             table = pq.read_table(pa.BufferReader(data))
             if tuple(table.column_names) == Summary._fields:
                 columns = [column.to_numpy().tolist() for column in table.columns]

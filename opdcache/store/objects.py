@@ -79,6 +79,7 @@ class ObjectStore:
 
     def each(self, do: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
         """What an operation on this store gives for every item, several at once."""
+        self._check_process("")
         return list(self._threads.map(do, items))
 
     def put(self, path: str, data: bytes) -> None:
@@ -168,7 +169,13 @@ class ObjectStore:
 
     @contextmanager
     def _access(self, path: str) -> Iterator[None]:
-        """An operation on a path. The client's threads do not survive a fork: it would never end.
+        """An operation on a path."""
+        self._check_process(path)
+        with _errors(self.at(path)):
+            yield
+
+    def _check_process(self, path: str) -> None:
+        """Threads do not survive a fork: what waits for them would never end.
 
         Raises:
             StoreError: this process was forked from the one that opened the store.
@@ -179,8 +186,6 @@ class ObjectStore:
                 where=self.at(path),
                 remedy="start workers afresh: DataLoader(..., multiprocessing_context='spawn')",
             )
-        with _errors(self.at(path)):
-            yield
 
     def at(self, path: str) -> str:
         """Where an object is, for people."""

@@ -44,10 +44,15 @@ class Listed(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """A shard, or what should be one, that is not sound."""
+    """A shard, or what should be one, that is not sound.
+
+    Attributes:
+        is_wrong: it is not what was committed; else it is only of no use as things stand.
+    """
 
     path: str
     reason: str
+    is_wrong: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,17 +136,20 @@ def verify(
         except OpdcacheError as error:
             problems.append(Problem(f"runs/{run}", str(error)))
     problems += [
-        Problem(info.path, "not what was written; delete it")
-        for info in [*cache.objects.list("quarantine"), *cache.objects.list(index.FOLDER)]
-        if not index.is_named_by_its_hash(info.path, cache.objects.get(info.path))
+        Problem(path, "not what was written; delete it")
+        for folder in ("quarantine", index.FOLDER)
+        for path, data in index.objects_below(cache, folder)
+        if not index.is_named_by_its_hash(path, data)
     ]
     for path in sorted(info.path for info in _commits(cache)):
         try:
             _check(cache, path, deep)
         except OpdcacheError as error:
-            problems.append(Problem(path, str(error)))
+            problems.append(
+                Problem(path, str(error), is_wrong=not isinstance(error, InputsMissing))
+            )
             if quarantine and _is_wrong(error):
-                cache.put_aside(path, str(error))
+                _put_aside(cache, path, deep)
         advance()
     return problems
 
@@ -153,12 +161,20 @@ def quarantining(cache: Cache) -> Iterator[None]:
         yield
     except OpdcacheError as error:
         if error.commit is not None and _is_wrong(error):
-            try:
-                _check(cache, error.commit, deep=False)
-            except OpdcacheError as again:
-                if _is_wrong(again):
-                    cache.put_aside(error.commit, str(again))
+            _put_aside(cache, error.commit, deep=True)
         raise
+
+
+def _put_aside(cache: Cache, path: str, deep: bool) -> None:
+    """Put a shard aside that is wrong at a second look too, unless somebody makes it anew."""
+    with cache.claims.hold(path.split("/")[1], shard_key(path)) as mine:
+        if not mine:
+            return
+        try:
+            _check(cache, path, deep)
+        except OpdcacheError as error:
+            if _is_wrong(error) and error.commit in (None, path):
+                cache.put_aside(path, str(error))
 
 
 def _is_wrong(error: OpdcacheError) -> bool:
@@ -220,7 +236,7 @@ def garbage(cache: Cache, *, grace: timedelta = timedelta(hours=24)) -> list[Gar
             found.append(_garbage("an attempt that was not committed", place[0], None, paths))
     found += [
         _garbage("a write that was cut short", "", None, [(left.path, left.size_bytes)])
-        for prefix in ("commits", "data", "claims", "runs")
+        for prefix in ("commits", "data", "claims", "runs", "quarantine", index.FOLDER)
         for left in cache.objects.leftovers(prefix)
         if left.last_modified < now - grace
     ]
@@ -284,7 +300,9 @@ def _copy_shard(
         attempt = destination.attempt(manifest.key)
         for path, file in source.files_of(manifest).items():
             attempt.put(path, file.read(0, file.size_bytes))
-        destination.commit(attempt, manifest.model_copy(update={"attempt": attempt.name}))
+        if not destination.commit(attempt, manifest.model_copy(update={"attempt": attempt.name})):
+            done.present += 1
+            return
     done.shards += 1
     done.size_bytes += sum(entry.size_bytes for entry in manifest.objects)
     say(f"copied {manifest.kind} {manifest.key[:12]}")
