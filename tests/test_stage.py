@@ -6,7 +6,7 @@ import subprocess
 import sys
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -18,6 +18,7 @@ from opdcache.identity import key_of
 from opdcache.schemas.manifests import RolloutIdentity, RolloutManifest
 from opdcache.stage import Silent, Worker, give_up, interrupts, make_shards
 from opdcache.store.cache import Attempt, Cache
+from opdcache.store.upkeep import verify
 
 from .shards import commit_rollouts, rollout_identity, write_rollouts
 
@@ -35,7 +36,7 @@ class Counted(Silent):
         self.tokens += tokens
 
 
-def tasks(names: list[str]) -> dict[str, RolloutIdentity]:
+def tasks(names: Sequence[str]) -> dict[str, RolloutIdentity]:
     return {key_of(rollout_identity(name)): rollout_identity(name) for name in names}
 
 
@@ -68,9 +69,9 @@ def below(cache: Cache, prefix: str) -> list[str]:
     return sorted(info.path for info in cache.objects.list(prefix))
 
 
-def assert_each_once(cache: Cache) -> None:
+def assert_each_once(cache: Cache, names: Sequence[str] = NAMES) -> None:
     """One manifest and one attempt a key, every one readable, and no claim left."""
-    wanted = set(tasks(NAMES))
+    wanted = set(tasks(names))
     assert {Path(path).stem for path in below(cache, "commits/rollouts")} == wanted
     found = cache.committed_rollouts(wanted)
     assert set(found) == wanted
@@ -107,26 +108,45 @@ IN_ANOTHER_PROCESS = """
 import sys
 from opdcache.stage import Worker
 from opdcache.store.cache import Cache
-from tests.test_stage import NAMES, make
-print(make(Cache(sys.argv[1]), NAMES, worker=Worker(int(sys.argv[2]), 2)))
+from tests.test_stage import FORTY, make
+cache = Cache(sys.argv[1])
+print("ready", flush=True)
+sys.stdin.readline()  # all begin together, at the same key
+print(make(cache, FORTY, worker=Worker()))
 """
+FORTY = [f"key {number}" for number in range(40)]
 
 
-def test_processes_that_race_on_the_same_keys_make_each_shard_once(tmp_path: Path) -> None:
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "store_url", ["local", pytest.param("s3", marks=pytest.mark.s3)], indirect=True
+)
+def test_eight_processes_that_race_on_the_same_forty_keys_commit_forty(store_url: str) -> None:
     workers = [
         subprocess.Popen(
-            [sys.executable, "-c", IN_ANOTHER_PROCESS, str(tmp_path), str(index)],
+            [sys.executable, "-c", IN_ANOTHER_PROCESS, store_url],
             cwd=Path(__file__).parent.parent,
+            stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
         )
-        for index in range(2)
+        for _ in range(8)
     ]
-    outputs = [worker.communicate(timeout=60)[0] for worker in workers]
+    for worker in workers:
+        assert worker.stdout is not None
+        assert worker.stdout.readline() == "ready\n"
+    for worker in workers:
+        assert worker.stdin is not None
+        worker.stdin.write("\n")
+        worker.stdin.flush()
+    made = [int(worker.communicate(timeout=120)[0]) for worker in workers]
 
-    assert [worker.returncode for worker in workers] == [0, 0]
-    assert sum(int(output) for output in outputs) == 20
-    assert_each_once(Cache(str(tmp_path)))
+    assert [worker.returncode for worker in workers] == [0] * 8
+    assert sum(made) == 40
+    assert sum(number > 0 for number in made) > 1, "they did not race"
+    cache = Cache(store_url)
+    assert_each_once(cache, FORTY)
+    assert verify(cache, deep=True) == []
 
 
 def test_a_second_call_does_nothing(tmp_path: Path) -> None:
