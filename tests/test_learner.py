@@ -18,6 +18,7 @@ from torch import Tensor
 
 from opdcache.runfolder import RunFolder
 from opdcache.schemas.config import RunConfig
+from opdcache.store import codec
 from opdcache.store.cache import Cache
 from opdcache.store.scores import Scores, TopK
 from opdcache.train.samples import RoundSamples
@@ -56,8 +57,8 @@ def made_samples() -> list[Sample]:
             recorded_ids_TS=np.zeros((length, 0), np.int32),
         )
         ids = [rng.permutation(TINY_VOCAB)[:K] for _ in range(length)]
-        drops = np.sort(rng.integers(200, 900, size=(length, K)), axis=1)
-        logprobs = (-drops * STEP).astype(np.float32)
+        levels = np.sort(rng.integers(200, 620, size=(length, K)), axis=1).astype(np.uint16)
+        logprobs = codec.decode_logprobs(levels, STEP)
         tail = np.log1p(-np.minimum(np.exp(logprobs).sum(axis=1), 0.99))
         made.append(
             Sample(
