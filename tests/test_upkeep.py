@@ -378,6 +378,27 @@ def test_what_is_taken_up_between_the_look_and_the_deed_stays(cache: Cache) -> N
     assert cache.read_rollouts(pinned).num_rows == cache.read_rollouts(claimed).num_rows == 2
 
 
+def test_an_attempt_that_is_committed_between_the_look_and_the_deed_stays(cache: Cache) -> None:
+    identity = rollout_identity("late")
+    cache.pin("run", "rollouts", [key_of(identity)])
+    attempt = cache.attempt(key_of(identity))
+    manifest = write_rollouts(attempt, identity)
+    found = garbage(cache, grace=NO_GRACE)
+    assert reasons(found) == ["an attempt that was not committed"]
+    assert cache.commit(attempt, manifest)
+    assert collect(cache, found) == []
+    assert verify(cache, deep=True) == []
+
+
+def test_a_shard_that_is_made_anew_between_the_look_and_the_deed_stays(cache: Cache) -> None:
+    commit_rollouts(cache, "one")
+    found = garbage(cache, grace=NO_GRACE)
+    assert len(collect(cache, found)) == 1
+    anew = commit_rollouts(cache, "one")
+    assert collect(cache, found) == []
+    assert cache.read_rollouts(anew).num_rows == 2
+
+
 def test_a_damaged_pin_stops_a_clean_up_and_is_named(cache: Cache) -> None:
     (rollout,) = filled(cache, "one")
     cache.pin("run", "rollouts", [rollout.key])

@@ -253,13 +253,33 @@ def collect(cache: Cache, found: list[Garbage]) -> list[Garbage]:
     claimed = _claimed(cache, now, timedelta(0))
     taken_up = {key for _, key in pinned(cache)} | claimed
     # An attempt that was not committed is of no use to a run that pins its key.
-    gone = [i for i in found if i.key not in (taken_up if i.commit is not None else claimed)]
+    free = [i for i in found if i.key not in (taken_up if i.commit is not None else claimed)]
+    committed = _attempts(cache) if free else set()
+    gone = [item for item in free if _is_as_found(item, committed)]
     for item in gone:
         if item.commit is not None:
             cache.objects.delete(item.commit)
         for path in item.objects:
             cache.objects.delete(path)
     return gone
+
+
+def _attempts(cache: Cache) -> set[tuple[str, str]]:
+    """Key and attempt of every committed shard.
+
+    Raises:
+        IntegrityError: a manifest is damaged, so that it cannot be said what is committed.
+    """
+    found = (cache.manifest(info.path) for info in _commits(cache))
+    return {(manifest.key, manifest.attempt) for manifest in found if manifest is not None}
+
+
+def _is_as_found(item: Garbage, committed: set[tuple[str, str]]) -> bool:
+    """Whether nobody committed an attempt, or made a shard anew, since it was found."""
+    attempts = {(item.key, path.split("/")[3]) for path in item.objects if item.key}
+    if item.commit is None:
+        return not attempts & committed
+    return attempts <= committed
 
 
 def copy(source: Cache, destination: Cache, say: Callable[[str], None] = lambda _: None) -> Copied:
