@@ -85,7 +85,7 @@ def test_the_search_for_imports_sees_all_forms(tmp_path: Path) -> None:
 
 
 def test_vllm_has_one_door() -> None:
-    assert importers("vllm") == {"opdcache.rollout.engine"}
+    assert importers("vllm") == {"opdcache.vllm_engine"}
 
 
 def test_deepspeed_has_one_door() -> None:

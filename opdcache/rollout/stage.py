@@ -23,7 +23,8 @@ from ..prompts import (
     requests,
     scheduled,
 )
-from ..runfolder import RunContext, load_tokenizer, stage_files
+from ..resolve import load_tokenizer
+from ..runfolder import RunContext, stage_files
 from ..schemas.config import PromptsConfig
 from ..schemas.manifests import RolloutIdentity, RolloutManifest, Sampling
 from ..schemas.rounds import HeldOutRound, RolloutRound, RolloutShard, RoundFile, StagePlan
@@ -31,30 +32,11 @@ from ..stage import give_up, interrupts, make_shards, provenance
 from ..store import rollouts as shards
 from ..store.cache import Attempt, as_listed, rollout_commit
 from ..store.upkeep import quarantining
+from ..vllm_engine import RUNTIME_ARGUMENTS
 from .engine import Draw, Sampler
 
 _EVALUATION_ROUND = -1
 """Evaluation prompts are seeded alike in every round: students are compared on equal terms."""
-
-_RUNTIME_ARGUMENTS = frozenset(
-    {
-        "data_parallel_size",
-        "disable_log_stats",
-        "distributed_executor_backend",
-        "download_dir",
-        "enable_chunked_prefill",
-        "enable_prefix_caching",
-        "enforce_eager",
-        "gpu_memory_utilization",
-        "kv_cache_memory_bytes",
-        "max_num_batched_tokens",
-        "max_num_seqs",
-        "max_parallel_loading_workers",
-        "pipeline_parallel_size",
-        "tensor_parallel_size",
-    }
-)
-"""Engine arguments that cannot change the policy. Any other is part of the rollout key."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -278,7 +260,7 @@ def _task(
 
 def policy_arguments(dtype: str, engine: dict[str, JsonValue]) -> dict[str, JsonValue]:
     """Engine arguments that change the policy; one that is not known to be harmless counts."""
-    return {"dtype": dtype} | {k: v for k, v in engine.items() if k not in _RUNTIME_ARGUMENTS}
+    return {"dtype": dtype} | {k: v for k, v in engine.items() if k not in RUNTIME_ARGUMENTS}
 
 
 def _listed(
@@ -321,6 +303,7 @@ class _Generator:
                     text=one.text,
                     task=request.rendered.prompt.task,
                     answer=request.rendered.prompt.answer,
+                    messages=request.rendered.prompt.messages,
                 )
                 for request, one in zip(task.requests, drawn, strict=True)
             ]
