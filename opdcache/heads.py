@@ -17,7 +17,12 @@ from torch import Tensor, nn
 from .errors import ModelError
 
 CHUNK_TOKENS = 512
-_DRAW_TOKENS = 64
+_CACHED_ENTRIES = 2**20
+_GROUP = 32
+_TINY = 1e-30
+
+Side = tuple[Tensor, Tensor]
+"""A model's distributions: hidden states [T, D], and the weight of its head [V, D]."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,42 +222,94 @@ def teacher_statistics(
     rows = []
     for part in _chunks(hidden_TD.shape[0], chunk_tokens):
         logits_CV = _matmul(hidden_TD[part], weight.t())
-        lse_C = torch.logsumexp(logits_CV, dim=1)
-        sampled_C = logits_CV.gather(1, sampled_T[part, None])[:, 0] - lse_C
-        gathered_CS = logits_CV.gather(1, gather_TS[part])
-        entropy_C = _entropy(logits_CV, lse_C)
-        top = logits_CV[:, :num_ids].topk(k, dim=1)
-        topk_CK = top.values - lse_C[:, None]
-        kept_CK = _within_mass(topk_CK, mass)
-        tail_C = _log_mass_without(logits_CV, top.indices, kept_CK) - lse_C
-        everywhere = torch.ones_like(gathered_CS, dtype=torch.bool)
-        outside_C = _log_mass_without(logits_CV, gather_TS[part], everywhere) - lse_C
-        gathered_CS = gathered_CS - lse_C[:, None]
-        drawn_CN = (
-            sampled_T.new_zeros((len(lse_C), 0))
-            if uniforms_TN is None
-            else _draw(logits_CV[:, :num_ids], uniforms_TN[part])
-        )
-        rows.append(
-            (
-                sampled_C,
-                entropy_C,
-                top.indices,
-                topk_CK,
-                kept_CK.sum(1),
-                tail_C,
-                gathered_CS,
-                outside_C,
-                drawn_CN,
-            )
-        )
+        for block in _chunks(len(logits_CV), _block_tokens(logits_CV)):
+            dense = _Dense.of(logits_CV[block])
+            sampled_B, gather_BS = sampled_T[part][block], gather_TS[part][block]
+            uniforms_BN = None if uniforms_TN is None else uniforms_TN[part][block]
+            rows.append(_statistics(dense, sampled_B, gather_BS, uniforms_BN, k, mass, num_ids))
     return TeacherStats(*(torch.cat(column) for column in zip(*rows, strict=True)))
+
+
+@dataclass(frozen=True, slots=True)
+class _Dense:
+    """Whole distributions of some tokens, relative to each one's likeliest entry.
+
+    Attributes:
+        shifted_BV: logits less their maximum; at most 0.
+        weights_BV: their exponentials, in (0, 1].
+        total_B: the sum of those; at least 1.
+    """
+
+    shifted_BV: Tensor
+    weights_BV: Tensor
+    total_B: Tensor
+
+    @classmethod
+    def of(cls, logits_BV: Tensor) -> "_Dense":
+        """Takes the logits' place in memory."""
+        shifted_BV = logits_BV.sub_(logits_BV.amax(dim=1, keepdim=True))
+        weights_BV = shifted_BV.exp()
+        return cls(shifted_BV, weights_BV, weights_BV.sum(dim=1))
+
+    def logprobs(self, shifted_BK: Tensor) -> Tensor:
+        """Log-probs of some entries' shifted logits."""
+        return shifted_BK - self.total_B.log()[:, None]
+
+    def entropy(self) -> Tensor:
+        """Nats. Both terms are at least 0, so nothing cancels."""
+        return self.total_B.log() - (self.weights_BV * self.shifted_BV).sum(dim=1) / self.total_B
+
+    def tail(self, ids_BK: Tensor, within_BK: Tensor) -> Tensor:
+        """Log of the mass of all but the ids within, summed over it.
+
+        Mass too small for float32's exponentials is summed in logs.
+        """
+        held_BK = self.weights_BV.gather(1, ids_BK)
+        self.weights_BV.scatter_reduce_(1, ids_BK, held_BK.masked_fill(within_BK, 0), "amin")
+        rest_B = self.weights_BV.sum(dim=1)
+        self.weights_BV.scatter_(1, ids_BK, held_BK)
+        log_B = rest_B.log()
+        tiny = (rest_B < _TINY).nonzero()[:, 0]
+        if len(tiny):
+            log_B[tiny] = _log_mass_without(self.shifted_BV[tiny], ids_BK[tiny], within_BK[tiny])
+        return log_B - self.total_B.log()
+
+
+def _statistics(
+    dense: _Dense,
+    sampled_B: Tensor,
+    gather_BS: Tensor,
+    uniforms_BN: Tensor | None,
+    k: int,
+    mass: float,
+    num_ids: int,
+) -> tuple[Tensor, ...]:
+    """The columns of ``TeacherStats`` for some tokens."""
+    values_BK, ids_BK = _topk(dense.shifted_BV[:, :num_ids], k)
+    topk_BK = dense.logprobs(values_BK)
+    kept_BK = _within_mass(topk_BK, mass)
+    drawn_BN = (
+        sampled_B.new_zeros((len(sampled_B), 0))
+        if uniforms_BN is None
+        else _draw(dense.weights_BV[:, :num_ids], uniforms_BN)
+    )
+    return (
+        dense.logprobs(dense.shifted_BV.gather(1, sampled_B[:, None]))[:, 0],
+        dense.entropy(),
+        ids_BK,
+        topk_BK,
+        kept_BK.sum(1),
+        dense.tail(ids_BK, kept_BK),
+        dense.logprobs(dense.shifted_BV.gather(1, gather_BS)),
+        dense.tail(gather_BS, torch.ones_like(gather_BS, dtype=torch.bool)),
+        drawn_BN,
+    )
 
 
 @torch.no_grad()
 def divergence(
-    student: tuple[Tensor, Tensor],
-    teacher: tuple[Tensor, Tensor],
+    student: Side,
+    teacher: Side,
     *,
     k: int,
     chunk_tokens: int = 256,
@@ -300,17 +357,56 @@ def split_head(model: nn.Module, where: Path) -> tuple[nn.Module, nn.Linear]:
     return body, head
 
 
-def _draw(logits_CV: Tensor, uniforms_CN: Tensor) -> Tensor:
-    """Ids [C, N] where the cumulative distribution passes each uniform number.
+def _block_tokens(logits_CV: Tensor) -> int:
+    """Tokens whose statistics are taken at once: on a CPU, as many as stay in its caches."""
+    if logits_CV.device.type != "cpu":
+        return max(1, len(logits_CV))
+    return max(1, _CACHED_ENTRIES // logits_CV.shape[1])
 
-    In float64, some tokens at a time: float32 sums lose the smallest probabilities.
+
+def _topk(values_BV: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """``values_BV.topk(k)``, values and ids. The k largest stand in the k groups of entries that
+    have the largest maxima, so only those groups are sorted.
     """
-    drawn = []
-    for part in _chunks(len(logits_CV), _DRAW_TOKENS):
-        cdf_BV = torch.softmax(logits_CV[part].double(), dim=1).cumsum_(dim=1)
-        goals_BN = uniforms_CN[part] * cdf_BV[:, -1:]
-        drawn.append(torch.searchsorted(cdf_BV, goals_BN, right=True))
-    return torch.cat(drawn).clamp_(max=logits_CV.shape[1] - 1)
+    size = values_BV.shape[1] // _GROUP
+    if 2 * k > size:
+        top = values_BV.topk(k, dim=1)
+        return top.values, top.indices
+    grouped_BGM = values_BV[:, : _GROUP * size].view(len(values_BV), _GROUP, size)
+    best_BK = grouped_BGM.amax(dim=1).topk(k, dim=1, sorted=False).indices
+    steps_G = torch.arange(0, _GROUP * size, size, device=values_BV.device)
+    rest_R = torch.arange(_GROUP * size, values_BV.shape[1], device=values_BV.device)
+    ids_BC = torch.cat(
+        [
+            (best_BK[:, :, None] + steps_G).flatten(1),
+            rest_R.expand(len(values_BV), -1),
+        ],
+        dim=1,
+    )
+    top = values_BV.gather(1, ids_BC).topk(k, dim=1)
+    return top.values, ids_BC.gather(1, top.indices)
+
+
+def _draw(weights_BV: Tensor, uniforms_BN: Tensor) -> Tensor:
+    """Ids [B, N] where the cumulative weight passes each uniform number: first of groups of
+    entries, then within one. In float64, since float32 sums lose the smallest probabilities.
+    """
+    size = -(-weights_BV.shape[1] // _GROUP)
+    padded_BV = torch.nn.functional.pad(weights_BV, (0, _GROUP * size - weights_BV.shape[1]))
+    cdf_BM = (
+        padded_BV.view(len(padded_BV), _GROUP, size).sum(dim=1, dtype=torch.float64).cumsum(dim=1)
+    )
+    total_B = cdf_BM[:, -1:]
+    goals_BN = torch.minimum(uniforms_BN * total_B, total_B.nextafter(total_B.new_zeros(())))
+    groups_BN = torch.searchsorted(cdf_BM, goals_BN, right=True)
+    above_BN = cdf_BM.gather(1, groups_BN)
+    below_BN = torch.where(groups_BN > 0, cdf_BM.gather(1, (groups_BN - 1).clamp(min=0)), 0.0)
+    steps_G = torch.arange(0, _GROUP * size, size, device=weights_BV.device)
+    ids_BNG = groups_BN[:, :, None] + steps_G
+    within_BNG = padded_BV.gather(1, ids_BNG.flatten(1)).view(ids_BNG.shape).double().cumsum(dim=2)
+    share_BN = ((goals_BN - below_BN) / (above_BN - below_BN)).clamp(0, 1 - 1e-12)
+    passed_BN = (within_BNG <= (share_BN * within_BNG[:, :, -1])[:, :, None]).sum(dim=2)
+    return ids_BNG.gather(2, passed_BN[:, :, None])[:, :, 0]
 
 
 def _within_mass(topk_CK: Tensor, mass: float) -> Tensor:
