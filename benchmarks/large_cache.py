@@ -43,8 +43,9 @@ from opdcache.schemas.rounds import (
 )
 from opdcache.store import codec, rollouts
 from opdcache.store.cache import Cache, as_listed
+from opdcache.store.encoding import encode_scores
 from opdcache.store.index import forget
-from opdcache.store.scores import GROUP, Scores, TopK, encode_scores
+from opdcache.store.scores import GROUP, Scores, TopK
 
 ROWS, TOKENS, K, VOCAB, STEP = 4, 16, 4, 50_000, 1 / 256
 TEACHER = "7" * 64

@@ -31,8 +31,9 @@ from numpy.typing import NDArray
 
 from opdcache.schemas.columns import Compression
 from opdcache.store import codec
+from opdcache.store.encoding import encode_scores
 from opdcache.store.files import in_memory
-from opdcache.store.scores import Scores, TopK, encode_scores, open_scores
+from opdcache.store.scores import Scores, TopK, open_scores
 
 DECODED_TOKENS = 1_000_000
 THREADS = 2

@@ -16,7 +16,8 @@ from opdcache.schemas.manifests import (
 )
 from opdcache.store import codec, rollouts
 from opdcache.store.cache import Attempt, Cache
-from opdcache.store.scores import GROUP, Draws, Scores, StudentTopK, TopK, encode_scores
+from opdcache.store.encoding import encode_scores
+from opdcache.store.scores import GROUP, Draws, Scores, StudentTopK, TopK
 
 TEACHER = "7" * 64
 STEP = 1 / 256

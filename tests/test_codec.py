@@ -15,16 +15,9 @@ from opdcache.errors import InvalidShard
 from opdcache.schemas.columns import SCORE_ARRAYS, SCORE_COLUMNS, Compression, ScoreColumn
 from opdcache.store import codec
 from opdcache.store.arrays import open_arrays
+from opdcache.store.encoding import CHUNK_TOKENS, encode_scores
 from opdcache.store.files import in_memory
-from opdcache.store.scores import (
-    CHUNK_TOKENS,
-    Draws,
-    Scores,
-    StudentTopK,
-    TopK,
-    encode_scores,
-    open_scores,
-)
+from opdcache.store.scores import Draws, Scores, StudentTopK, TopK, open_scores
 
 STEP = 1 / 256
 BIG_ID = 2**17 + 12_345
@@ -143,10 +136,15 @@ def test_every_kept_entry_comes_back_within_its_bound_at_any_rank(topk: TopK, st
             assert_within_bound(float(decoded[t, j]), float(topk.logprobs[t, j]), step)
 
 
+def ids_by_frequency(topk: TopK) -> NDArray[np.uint32]:
+    return codec.by_frequency(np.bincount(topk.ids[topk.kept]))
+
+
 @QUICK
 @given(topks())
 def test_every_kept_id_comes_back_exactly(topk: TopK) -> None:
-    ranks, rank_ids = codec.encode_ids(topk.ids, topk.num_kept)
+    rank_ids = ids_by_frequency(topk)
+    ranks = codec.encode_ids(topk.ids, topk.num_kept, rank_ids)
 
     decoded = codec.decode_ids(ranks, rank_ids.astype(np.int32))
 
@@ -157,7 +155,7 @@ def test_every_kept_id_comes_back_exactly(topk: TopK) -> None:
 @QUICK
 @given(topks())
 def test_the_rank_table_lists_kept_ids_by_falling_count_then_by_id(topk: TopK) -> None:
-    _, rank_ids = codec.encode_ids(topk.ids, topk.num_kept)
+    rank_ids = ids_by_frequency(topk)
 
     kept = [int(i) for t, n in enumerate(topk.num_kept) for i in topk.ids[t, :n]]
     assert rank_ids.tolist() == sorted(set(kept), key=lambda i: (-kept.count(i), i))
@@ -167,7 +165,7 @@ def test_the_rank_table_lists_kept_ids_by_falling_count_then_by_id(topk: TopK) -
 @given(topks(), steps)
 def test_nothing_past_num_kept_reaches_the_stored_arrays(topk: TopK, step: float) -> None:
     drops = codec.encode_descending(topk.logprobs, topk.num_kept, step)
-    ranks, _ = codec.encode_ids(topk.ids, topk.num_kept)
+    ranks = codec.encode_ids(topk.ids, topk.num_kept, ids_by_frequency(topk))
 
     for t, kept in enumerate(topk.num_kept):
         assert not drops[t, kept:].any()

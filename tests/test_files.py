@@ -13,9 +13,10 @@ from opdcache.errors import ChecksumMismatch
 from opdcache.runfolder import RunFolder
 from opdcache.schemas.manifests import BLOCK_BYTES
 from opdcache.store.cache import Cache
+from opdcache.store.encoding import CHUNK_TOKENS
 from opdcache.store.files import CheckedFile, InMemory, Seekable, object_entry
 from opdcache.store.objects import ObjectStore
-from opdcache.store.scores import CHUNK_TOKENS, Scores, TopK
+from opdcache.store.scores import Scores, TopK
 
 from .handmade import Row, commit_rollouts, commit_scores, rounds
 

@@ -12,7 +12,8 @@ from opdcache.schemas.columns import SCORE_ARRAYS
 from opdcache.schemas.manifests import ScoreManifest
 from opdcache.store import codec, rollouts
 from opdcache.store.cache import Cache, data_prefix
-from opdcache.store.scores import GROUP, encode_scores
+from opdcache.store.encoding import encode_scores
+from opdcache.store.scores import GROUP
 from opdcache.store.upkeep import verify, with_key
 
 V1 = Path(__file__).parent / "data" / "v1"

@@ -509,7 +509,7 @@ import os, random, signal, sys, time
 sys.path.insert(0, sys.argv[2])
 from opdcache.schemas.columns import SCORE_COLUMNS
 from opdcache.store.cache import Cache
-from opdcache.store.scores import encode_scores
+from opdcache.store.encoding import encode_scores
 from tests.shards import commit_rollouts, commit_scores, some_scores, table
 
 def write(writer):

@@ -108,25 +108,31 @@ def decode_descending(
     return filled
 
 
+def by_frequency(counts: NDArray[np.int64]) -> NDArray[np.uint32]:
+    """Ids that are there, most frequent first, ties by id.
+
+    Args:
+        counts: how often each id is there, by id.
+    """
+    distinct = np.flatnonzero(counts)
+    order = np.lexsort((distinct, -counts[distinct]))
+    ranked: NDArray[np.uint32] = distinct[order].astype(np.uint32)
+    return ranked
+
+
 def encode_ids(
-    ids_TK: Ints, num_kept: NDArray[np.uint16]
-) -> tuple[NDArray[np.unsignedinteger[Any]], NDArray[np.uint32]]:
-    """Kept ids as (ranks [T, K], rank_ids [distinct]): ``ids = rank_ids[ranks]``.
+    ids_TK: Ints, num_kept: NDArray[np.uint16], rank_ids: NDArray[np.uint32]
+) -> NDArray[np.unsignedinteger[Any]]:
+    """Kept ids as ranks [T, K] in ``rank_ids``, which holds them all; 0 past ``num_kept``.
 
     Ranks are uint16 when that is wide enough, uint32 otherwise.
-
-    ``rank_ids`` holds every kept id, most frequent first, ties by id. Ranks past
-    ``num_kept`` are 0.
     """
-    kept_TK = kept_mask(num_kept, ids_TK.shape[1])
-    distinct, inverse, counts = np.unique(ids_TK[kept_TK], return_inverse=True, return_counts=True)
-    order = np.lexsort((distinct, -counts))
-    rank_of = np.empty(len(order), np.uint32)
-    rank_of[order] = np.arange(len(order), dtype=np.uint32)
-    width = np.uint16 if len(order) <= 2**16 else np.uint32
-    ranks_TK = np.zeros(ids_TK.shape, width)
-    ranks_TK[kept_TK] = rank_of[inverse]
-    return ranks_TK, distinct[order].astype(np.uint32)
+    width = np.dtype(np.uint16 if len(rank_ids) <= 2**16 else np.uint32)
+    rank_of: NDArray[np.unsignedinteger[Any]] = np.zeros(int(rank_ids.max(initial=0)) + 1, width)
+    rank_of[rank_ids] = np.arange(len(rank_ids), dtype=width)
+    ranks_TK = rank_of.take(ids_TK, mode="clip")
+    ranks_TK[~kept_mask(num_kept, ids_TK.shape[1])] = 0
+    return ranks_TK
 
 
 def decode_ids(ranks: NDArray[np.unsignedinteger[Any]], rank_ids: Ints) -> Ints:

@@ -1,30 +1,24 @@
-"""Score shards: teacher log-probs of one rollout shard as a Zarr v3 group.
+"""Score shards: teacher log-probs of one rollout shard, as records, and read from their objects.
 
-The group is encoded in memory, object by object, so that every object's hash is known before it is
-stored, and ``zarr.open_group`` reads it without this package. ``docs/format.md`` has the layout.
+``encoding`` makes the objects; ``docs/format.md`` has the layout.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import InvalidShard
-from ..schemas.columns import SCORE_ARRAYS, Compression, ScoreArray, ScoreColumn, score_arrays
+from ..schemas.columns import SCORE_ARRAYS, ScoreColumn
 from . import codec
 from .arrays import StoredArray, open_arrays
 from .files import File
 
-if TYPE_CHECKING:
-    import zarr
-    from zarr.abc.buffer import Buffer
-
 GROUP = "scores.zarr"
-CHUNK_TOKENS = 32768
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +115,33 @@ class Draws:
         return Draws(self.ids[tokens], self.counts[tokens])
 
 
+def joined(parts: Sequence["Scores"]) -> "Scores":
+    """Scores of completions, one part after the other; all have the same columns."""
+    lengths = [np.diff(part.token_offsets) for part in parts]
+    values: dict[str, Any] = {
+        "token_offsets": np.concatenate([[0], np.cumsum(np.concatenate(lengths))]).astype(np.int64)
+    }
+    for name in Scores.__slots__[1:]:
+        held = [value for part in parts if (value := getattr(part, name)) is not None]
+        if not held:
+            continue
+        kind = type(held[0])
+        if kind is np.ndarray:
+            values[name] = np.concatenate(held)
+        else:
+            fields = ([getattr(value, field) for value in held] for field in kind.__slots__)
+            values[name] = kind(*(np.concatenate(_alike(field)) for field in fields))
+    return Scores(**values)
+
+
+def _alike(entries: Sequence[NDArray[Any]]) -> Sequence[NDArray[Any]]:
+    """Entries of equal width: what is added is not kept."""
+    if entries[0].ndim == 1:
+        return entries
+    width = max(e.shape[1] for e in entries)
+    return [np.pad(e, ((0, 0), (0, width - e.shape[1]))) for e in entries]
+
+
 def _joined(logprobs: codec.Floats, gone: NDArray[np.bool_], tail: codec.Floats) -> codec.Floats:
     """The tail's log-mass with some entries' mass added."""
     if not gone.any():
@@ -177,91 +198,6 @@ class Scores:
             "draws": self.draws,
         }
         return frozenset(name for name, value in held.items() if value is not None)
-
-
-def encode_scores(
-    scores: Scores,
-    *,
-    step: float,
-    attributes: Mapping[str, object],
-    compression: Compression = "blosc",
-) -> dict[str, bytes]:
-    """The group's objects by path below ``scores.zarr/``.
-
-    Args:
-        step: quantisation step, see ``codec``.
-        attributes: more attributes of the group.
-        compression: of the arrays' chunks.
-    """
-    import zarr  # what only reads needs a fraction of a second less
-    from zarr.storage import MemoryStore
-
-    encoded: dict[str, Buffer] = {}
-    group = zarr.create_group(
-        MemoryStore(encoded),
-        attributes={**attributes, "step": step, "clip_floor": codec.clip_floor(step)},
-    )
-    values = _to_arrays(scores, step)
-    for spec in score_arrays(scores.columns):
-        _write(group, spec, values[spec.name], compression)
-    return {path: buffer.to_bytes() for path, buffer in encoded.items()}
-
-
-def _to_arrays(scores: Scores, step: float) -> dict[str, NDArray[np.generic]]:
-    arrays: dict[str, NDArray[np.generic]] = {"token_offsets": scores.token_offsets}
-    if scores.sampled_logprobs is not None:
-        arrays["sampled_logprobs"] = scores.sampled_logprobs
-    if scores.entropy is not None:
-        arrays["entropy"] = scores.entropy
-    if scores.topk is not None:
-        topk = scores.topk
-        arrays["num_kept"] = topk.num_kept
-        arrays["tail_logprobs"] = topk.tail_logprobs
-        ranks_TK, arrays["rank_ids"] = codec.encode_ids(topk.ids, topk.num_kept)
-        arrays["topk_ranks"] = ranks_TK.T
-        arrays["topk_steps"] = codec.encode_descending(topk.logprobs, topk.num_kept, step).T
-    if scores.student_topk is not None:
-        student = scores.student_topk
-        arrays["student_topk_steps"] = codec.encode_logprobs(student.logprobs, step).T
-        arrays["student_tail_logprobs"] = student.tail_logprobs
-    if scores.draws is not None:
-        narrow = scores.draws.ids.max(initial=0) < 2**16
-        arrays["draw_ids"] = scores.draws.ids.T.astype(np.uint16 if narrow else np.uint32)
-        arrays["draw_counts"] = scores.draws.counts.T
-    return arrays
-
-
-def _write(
-    group: "zarr.Group", spec: ScoreArray, values: NDArray[np.generic], compression: Compression
-) -> None:
-    """One array: chunks of tokens inside a single object."""
-    dtype = np.dtype(spec.dtype) if spec.dtype != "uint" else values.dtype
-    *ranks, length = values.shape
-    chunks = max(1, -(-length // CHUNK_TOKENS))
-    chunk = max(1, -(-length // chunks))  # of equal size: what the last one lacks is filled up
-    array = group.create_array(
-        spec.name,
-        shape=values.shape,
-        dtype=dtype,
-        chunks=(*(max(1, n) for n in ranks), chunk),
-        shards=(*(max(1, n) for n in ranks), chunk * chunks),
-        **_codecs(compression, dtype),
-        fill_value=0,
-        dimension_names=spec.dims,
-        attributes={"unit": spec.unit, "description": spec.description},
-    )
-    array[...] = values.astype(dtype)
-
-
-def _codecs(compression: Compression, dtype: np.dtype[Any]) -> dict[str, Any]:
-    from zarr.codecs import BloscCodec, BloscShuffle
-    from zarr.codecs.numcodecs import PCodec
-
-    if compression == "pcodec":
-        return {"serializer": PCodec(), "compressors": None}
-    byte_planes = BloscShuffle.shuffle
-    blosc = BloscCodec(cname="zstd", clevel=6, shuffle=byte_planes, typesize=dtype.itemsize)
-    return {"compressors": blosc}
 
 
 @dataclass(frozen=True, slots=True)
