@@ -46,12 +46,14 @@ class Sample:
         behavior_logprobs, sampling_logprobs: float32 [T], the student's, when it sampled.
         student_topk_ids: int32 [T, S], or None when none are recorded.
         student_topk_logprobs: float32 [T, S], or None.
+        messages: the prompt's chat as JSON, a list of [role, content]; None when it is not known.
         scores: the teacher's; columns that are not stored, or not asked for, are None.
     """
 
     rollout_id: str
     task: str
     answer: str | None
+    messages: str | None
     text: str
     finish_reason: str
     prompt_token_ids: NDArray[np.int32]
@@ -139,7 +141,7 @@ def of_run(run: Path | str, rounds: Iterable[int] | None = None) -> list[Scored]
     for index in _scored_rounds(folder) if rounds is None else rounds:
         rollouts, scores = folder.need(RolloutRound, index), folder.need(ScoreRound, index)
         listed += [
-            Scored(shard, scores.teacher, scored.served)
+            Scored(shard, scored.teacher, scored.served)
             for shard, scored in zip(rollouts.shards, scores.shards, strict=True)
         ]
     if not listed:
@@ -295,12 +297,12 @@ class _Rows:
         own = self._table.slice(row, 1).select(
             [
                 n
-                for n in ("rollout_id", "task", "answer", "text", "finish_reason")
+                for n in ("rollout_id", "task", "answer", "messages", "text", "finish_reason")
                 if n in self._table.column_names
             ]
         )
         return Sample(
-            **{"answer": None, **own.to_pylist()[0]},
+            **{"answer": None, "messages": None, **own.to_pylist()[0]},
             prompt_token_ids=self._prompts[row],
             completion_token_ids=here["completion_token_ids"],
             behavior_logprobs=here["behavior_logprobs"],

@@ -186,7 +186,7 @@ def _schema(cache: Cache, shards: Sequence[Scored]) -> pa.Schema:
     columns = {c for shard in shards for served in shard.served for c in served.columns}
     manifests = cache.committed_rollouts({shard.rollouts.key for shard in shards}).values()
     recorded = any(manifest.identity.student_topk for manifest in manifests)
-    student = rollout_schema(answer=True, student_topk=recorded)
+    student = rollout_schema(answer=True, messages=True, student_topk=recorded)
     teacher = [f for column, fields in TEACHER_FIELDS.items() if column in columns for f in fields]
     return pa.schema([*(f.with_nullable(True) for f in student), *SOURCE_FIELDS, *teacher])
 

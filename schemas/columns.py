@@ -49,6 +49,12 @@ ROLLOUT_COLUMNS = (
     RolloutColumn("task", pa.string(), "the prompt's task; one a shard"),
     RolloutColumn("answer", pa.string(), "the prompt set's reference answer", optional=True),
     RolloutColumn(
+        "messages",
+        pa.string(),
+        "the prompt's chat, as JSON: a list of [role, content]",
+        optional=True,
+    ),
+    RolloutColumn(
         "student_topk_ids",
         _topk(pa.int32()),
         "the student's S likeliest ids a token",
@@ -63,16 +69,16 @@ ROLLOUT_COLUMNS = (
 )
 
 
-def rollout_schema(*, answer: bool, student_topk: bool) -> pa.Schema:
+def rollout_schema(*, answer: bool, messages: bool, student_topk: bool) -> pa.Schema:
     """Arrow schema of a rollout shard with the given optional columns."""
-    present = {"answer": answer, "student_topk_ids": student_topk}
+    present = {"answer": answer, "messages": messages, "student_topk_ids": student_topk}
     present["student_topk_logprobs"] = student_topk
     return pa.schema(
         [
             pa.field(
                 column.name,
                 column.type,
-                nullable=column.name == "answer",
+                nullable=column.name in ("answer", "messages"),
                 metadata={"description": column.description},
             )
             for column in ROLLOUT_COLUMNS

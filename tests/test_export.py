@@ -53,6 +53,7 @@ def completion(index: int, num_tokens: int, *, recorded: bool) -> rollouts.Compl
         text=f"Größe {num_tokens}\n",
         task="sums",
         answer=str(index) if recorded else None,
+        messages=(("user", f"Größe {index}?"),) if recorded else None,
     )
 
 
@@ -228,7 +229,7 @@ def test_what_a_shard_lacks_is_null_and_all_parts_have_one_schema(run: Path) -> 
         draws = {"teacher_draw_ids", "teacher_draw_counts"}
         student = {"teacher_student_topk_logprobs", "teacher_student_tail_logprobs"}
         recorded = {"student_topk_ids", "student_topk_logprobs"}
-        assert lacking == {"answer", *draws, *student, *recorded}
+        assert lacking == {"answer", "messages", *draws, *student, *recorded}
 
 
 def test_a_column_that_no_shard_has_is_absent(run: Path) -> None:

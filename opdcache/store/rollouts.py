@@ -1,5 +1,6 @@
 """Rollout shards: completions of one task as a Parquet file, a row each."""
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ class Completion:
         sampling_logprobs: float32 [T], under the distribution sampled from, nats.
         topk_ids: int32 [T, S]; S = 0 when none are recorded.
         topk_logprobs: float32 [T, S], raw, descending, nats.
+        messages: the prompt's chat, (role, content) each; None when only token ids are known.
     """
 
     prompt_id: str
@@ -42,16 +44,19 @@ class Completion:
     text: str
     task: str
     answer: str | None
+    messages: tuple[tuple[str, str], ...] | None = None
 
 
 def rollout_table(completions: Sequence[Completion]) -> pa.Table:
     """The shard's table; optional columns are there when a completion has them."""
     schema = rollout_schema(
         answer=any(c.answer is not None for c in completions),
+        messages=any(c.messages is not None for c in completions),
         student_topk=any(c.topk_ids.shape[1] for c in completions),
     )
     columns: dict[str, list[object]] = {
         "rollout_id": [f"{c.prompt_id}/{c.sample_index}" for c in completions],
+        "messages": [None if c.messages is None else _json(c.messages) for c in completions],
         "student_topk_ids": [list(c.topk_ids) for c in completions],
         "student_topk_logprobs": [list(c.topk_logprobs) for c in completions],
     }
@@ -60,6 +65,10 @@ def rollout_table(completions: Sequence[Completion]) -> pa.Table:
         for f in schema
     ]
     return pa.Table.from_arrays(arrays, schema=schema)
+
+
+def _json(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
 
 
 def encode_rollouts(table: pa.Table) -> bytes:
