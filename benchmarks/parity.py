@@ -57,7 +57,7 @@ def measure(folder: Path) -> dict[str, float]:
     parts = []
     for shard, scored in zip(rollouts.shards, scores.shards, strict=True):
         table = cache.read_rollouts(cache.need_rollouts(shard))
-        teacher = cache.open_score_set(scored.content, scores.teacher, scored.served).read()
+        teacher = cache.open_score_set(scored.content, scored.teacher, scored.served).read()
         assert teacher.sampled_logprobs is not None
         parts.append(teacher.sampled_logprobs - flat_tokens(table, "behavior_logprobs", np.float32))
     log_r = np.concatenate(parts).astype(np.float64)

@@ -12,9 +12,11 @@ from pathlib import Path
 
 import numpy as np
 
-from opdcache.runfolder import RunFolder, model_folder
+from opdcache.resolve import model_folder
+from opdcache.runfolder import RunFolder
 from opdcache.schemas.rounds import HeldOutRound, RolloutRound
-from opdcache.score.transformers_scorer import Sequences, TransformersScorer
+from opdcache.score.teacher import Ask, Sequences
+from opdcache.score.transformers_scorer import TransformersScorer
 from opdcache.store import rollouts
 from opdcache.store.cache import Cache
 
@@ -46,9 +48,11 @@ def main() -> None:
             rollouts.token_lists(table, "completion_token_ids"),
             np.zeros((shard.num_tokens, 0), np.int64),
         )
-        stats = teacher.score(sequences, k=asked.k, mass=1.0, num_ids=resolved.vocab_size)
-        ids.append(stats.topk_ids_TK.numpy().astype(np.int32))
-        logprobs.append(stats.topk_TK.numpy())
+        ask = Ask(frozenset({"topk"}), k=asked.k, mass=1.0, num_ids=resolved.vocab_size)
+        for batch in teacher.score(sequences, ask):
+            assert batch.scores.topk is not None
+            ids.append(batch.scores.topk.ids)
+            logprobs.append(batch.scores.topk.logprobs)
     np.savez(asked.out, I=np.concatenate(ids), V=np.concatenate(logprobs))
     print(json.dumps({"out": str(asked.out), "tokens": sum(map(len, ids)), "k": asked.k}))
 

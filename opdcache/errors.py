@@ -23,7 +23,9 @@
         ├── InputsMissing     OPD401  exit 75  an earlier stage is not done
         ├── EngineError       OPD402           an engine gave something unusable
         ├── Interrupted       OPD403  exit 75  stopped on request; run again to go on
-        └── Held              OPD404  exit 75  another process is at it
+        ├── Held              OPD404  exit 75  another process is at it
+        ├── Unanswered        OPD405  exit 75  a served teacher does not answer
+        └── BudgetSpent       OPD406           the run may send no more teacher tokens
 
 Codes are append-only. A message is one line: where, what, expected and found, what to
 do next.
@@ -210,3 +212,16 @@ class Held(StageError):
 
     code = "OPD404"
     exit_code = 75
+
+
+class Unanswered(StageError):
+    """A teacher that a server serves does not answer, or says that it is busy."""
+
+    code = "OPD405"
+    exit_code = 75
+
+
+class BudgetSpent(StageError):
+    """What is left to score would send more tokens to the teacher than the run may."""
+
+    code = "OPD406"

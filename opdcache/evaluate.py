@@ -7,13 +7,17 @@ Here both models read them, and the full-vocabulary reverse KL is taken at every
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import torch
 
 from .errors import ConfigError, InputsMissing
-from .heads import Divergence, divergence
-from .runfolder import RunContext, model_folder
+from .heads import Divergence, Side, divergence
+from .resolve import model_folder
+from .runfolder import RunContext
 from .schemas.rounds import EvaluationRound, HeldOutRound
-from .score.transformers_scorer import Sequences, TransformersScorer
+from .score.rendering import Rendering
+from .score.teacher import Sequences, by_length
+from .score.transformers_scorer import TransformersScorer
 from .store import rollouts as shards
 from .store.upkeep import quarantining
 
@@ -35,15 +39,14 @@ def run(context: RunContext) -> list[EvaluationRound]:
         raise ConfigError(
             "the run has no evaluation", where=context.folder.path, remedy="add 'evaluation' to it"
         )
-    teacher: TransformersScorer | None = None
+    teachers = _Teachers(context)
     made = []
     for round_index in range(context.config.rounds + 1):
         done = context.folder.find(EvaluationRound, round_index)
         rollouts = context.folder.find(HeldOutRound, round_index)
         if done is None and rollouts is not None:
-            teacher = teacher or _model(context, model_folder(context.config.teacher))
             with quarantining(context.cache):
-                context.folder.write(_evaluate(context, rollouts, teacher))
+                context.folder.write(_evaluate(context, rollouts, teachers))
             done = context.folder.need(EvaluationRound, round_index)
         if done is not None:
             made.append(done)
@@ -57,19 +60,16 @@ def run(context: RunContext) -> list[EvaluationRound]:
 
 
 def _evaluate(
-    context: RunContext, rollouts: HeldOutRound, teacher: TransformersScorer
+    context: RunContext, rollouts: HeldOutRound, teachers: "_Teachers"
 ) -> EvaluationRound:
     context.progress.begin(f"round {rollouts.round} evaluation", len(rollouts.shards), "shards")
     student = _model(context, context.student(rollouts.round))
-    parts = []
+    budget_tokens, parts = context.config.score.batch_tokens, list[Divergence]()
     for shard in rollouts.shards:
         table = context.cache.read_rollouts(context.cache.need_rollouts(shard))
-        sequences = Sequences(
-            shards.token_lists(table, "prompt_token_ids"),
-            shards.token_lists(table, "completion_token_ids"),
-            np.zeros((shard.num_tokens, 0), np.int64),
-        )
-        parts += _compare(student, teacher, sequences)
+        teacher = teachers.of(shard.task)
+        rendered = _sequences(table, Rendering(context.config.teacher_of(shard.task)))
+        parts += _compare((student, _sequences(table)), (teacher, rendered), budget_tokens)
         context.progress.advance(1, shard.num_tokens)
     context.progress.end()
     reverse_kl, ours, theirs, overlap = (
@@ -79,7 +79,7 @@ def _evaluate(
     return EvaluationRound(
         round=rollouts.round,
         student=rollouts.student,
-        teacher=context.resolved.teacher,
+        teachers=tuple(context.resolved.teacher_of(shard.task) for shard in rollouts.shards),
         contents=tuple(shard.content for shard in rollouts.shards),
         reverse_kl=float(reverse_kl.mean()),
         overlap=float(overlap.mean()),
@@ -90,15 +90,48 @@ def _evaluate(
     )
 
 
+def _sequences(table: pa.Table, rendering: Rendering | None = None) -> Sequences:
+    """A shard as the student reads it, or as a teacher does."""
+    completions = shards.token_lists(table, "completion_token_ids")
+    prompts = (
+        rendering.prompts(table) if rendering else shards.token_lists(table, "prompt_token_ids")
+    )
+    return Sequences(prompts, completions, np.zeros((sum(map(len, completions)), 0), np.int64))
+
+
 def _compare(
-    student: TransformersScorer, teacher: TransformersScorer, sequences: Sequences
+    student: tuple[TransformersScorer, Sequences],
+    teacher: tuple[TransformersScorer, Sequences],
+    budget_tokens: int,
 ) -> list[Divergence]:
-    """Both models on the same batches."""
-    batches = zip(student.hidden_batches(sequences), teacher.hidden_batches(sequences), strict=True)
+    """Both models on the same completions, in the same batches."""
+    for model, sequences in (student, teacher):
+        sequences.need_ids_below(model.head_weight.shape[0])
+    lengths = np.maximum(student[1].lengths, teacher[1].lengths)
+
+    def side(model: TransformersScorer, sequences: Sequences, rows: list[int]) -> Side:
+        return model.hidden(sequences, rows), model.head_weight
+
     return [
-        divergence((ours, student.head_weight), (theirs, teacher.head_weight), k=OVERLAP_K)
-        for (ours, _), (theirs, _) in batches
+        divergence(side(*student, rows), side(*teacher, rows), k=OVERLAP_K)
+        for rows in by_length(lengths, budget_tokens)
     ]
+
+
+class _Teachers:
+    """The teachers by task, each loaded when it is first needed."""
+
+    def __init__(self, context: RunContext) -> None:
+        self._context = context
+        self._loaded: dict[str, TransformersScorer] = {}
+
+    def of(self, task: str) -> TransformersScorer:
+        """The teacher of a task."""
+        fingerprint = self._context.resolved.teacher_of(task)
+        if fingerprint not in self._loaded:
+            folder = model_folder(self._context.config.teacher_of(task))
+            self._loaded[fingerprint] = _model(self._context, folder)
+        return self._loaded[fingerprint]
 
 
 def _model(context: RunContext, folder: Path) -> TransformersScorer:

@@ -1,16 +1,24 @@
 """Loading causal LMs in Hugging Face format, on whatever device torch finds."""
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from pydantic import JsonValue
 from torch import nn
 
 from .errors import ModelError
 
 
-def load_model(folder: Path, dtype: str, device: torch.device) -> nn.Module:
+def load_model(
+    folder: Path, dtype: str, device: torch.device, arguments: Mapping[str, JsonValue] | None = None
+) -> nn.Module:
     """A causal LM in the given dtype, on the device, in evaluation mode.
+
+    Args:
+        arguments: more of ``from_pretrained``; with a ``device_map`` or ``tp_plan`` among them the
+            model stays where these put it.
 
     Raises:
         ModelError: transformers cannot load it.
@@ -21,11 +29,14 @@ def load_model(folder: Path, dtype: str, device: torch.device) -> nn.Module:
 
     logging.disable_progress_bar()
     try:
-        model: nn.Module = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        model: nn.Module = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=getattr(torch, dtype), **(arguments or {})
+        )
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(f"cannot be loaded: {reason}", where=folder) from error
-    return model.to(device).eval()
+    placed = (arguments or {}).keys() & {"device_map", "tp_plan"}
+    return (model if placed else model.to(device)).eval()
 
 
 def default_device() -> torch.device:

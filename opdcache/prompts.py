@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from .errors import PromptError
 from .identity import digest
@@ -62,6 +62,15 @@ class Request:
 
     rendered: RenderedPrompt
     sample_index: int
+
+
+class Look(Protocol):
+    """How prompts become text: the student's way, or a teacher's own."""
+
+    @property
+    def template(self) -> Literal["chat", "raw"]: ...
+    @property
+    def system(self) -> str | None: ...
 
 
 class Tokenizer(Protocol):
@@ -190,17 +199,15 @@ def _reasoning_gym(source: ReasoningGymSource) -> list[Prompt]:
         raise PromptError(f"reasoning-gym: {error}", where=source.dataset) from error
 
 
-def render(
-    prompts: Iterable[Prompt], config: PromptsConfig, tokenizer: Tokenizer
-) -> list[RenderedPrompt]:
-    """Prompts as token ids, by the student's chat template or as raw text.
+def render(prompts: Iterable[Prompt], config: Look, tokenizer: Tokenizer) -> list[RenderedPrompt]:
+    """Prompts as token ids, by the tokenizer's chat template or as raw text.
 
     Raises:
         PromptError: the tokenizer has no chat template, or cannot take the messages.
     """
     if config.template == "chat" and not tokenizer.chat_template:
         raise PromptError(
-            "the student's tokenizer has no chat template", remedy="set prompts.template: raw"
+            "the tokenizer has no chat template", remedy="set the prompts' template: raw"
         )
     rendered = [RenderedPrompt(p, _token_ids(p, config, tokenizer)) for p in prompts]
     empty = next((r.prompt.prompt_id for r in rendered if not r.token_ids), None)
@@ -209,7 +216,7 @@ def render(
     return rendered
 
 
-def _token_ids(prompt: Prompt, config: PromptsConfig, tokenizer: Tokenizer) -> tuple[int, ...]:
+def _token_ids(prompt: Prompt, config: Look, tokenizer: Tokenizer) -> tuple[int, ...]:
     chat = [{"role": role, "content": content} for role, content in prompt.messages]
     if config.template == "raw":
         return tuple(tokenizer.encode("".join(message["content"] for message in chat)))

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ValidationError
 
 from .errors import ConfigError
 from .schemas.config import PromptSource, ReasoningGymSource, RunConfig
+from .schemas.teachers import STUDENT, HttpBackend, TeacherConfig
 
 
 def load_run(path: Path) -> RunConfig:
@@ -98,6 +99,14 @@ def _absolute(config: RunConfig, path: Path) -> RunConfig:
         is_path = value.startswith((".", "/", "~")) or value.count("/") != 1
         return str(folder) if is_path or folder.parent.exists() else value
 
+    def teacher(value: TeacherConfig) -> TeacherConfig:
+        if isinstance(value.backend, HttpBackend):
+            home = {"tokenizer": model(value.backend.tokenizer)}
+            return value.model_copy(update={"backend": value.backend.model_copy(update=home)})
+        if value.model == STUDENT:
+            return value
+        return value.model_copy(update={"model": model(value.model)})
+
     def source(value: PromptSource) -> PromptSource:
         if isinstance(value, ReasoningGymSource):
             return value
@@ -107,7 +116,9 @@ def _absolute(config: RunConfig, path: Path) -> RunConfig:
         "cache": local(config.cache),
         "output": local(config.output or path.stem),
         "student": config.student.model_copy(update={"model": model(config.student.model)}),
-        "teacher": config.teacher.model_copy(update={"model": model(config.teacher.model)}),
+        "teacher": teacher(config.teacher),
+        "teachers": {task: teacher(scorer) for task, scorer in config.teachers.items()},
+        "references": {name: teacher(scorer) for name, scorer in config.references.items()},
         "prompts": config.prompts.model_copy(update={"source": source(config.prompts.source)}),
     }
     if config.evaluation is not None:

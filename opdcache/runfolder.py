@@ -8,29 +8,19 @@ import json
 import os
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
-from .errors import Held, InputsMissing, InvalidShard, ModelError, RunChanged, TokenizerMismatch
-from .identity import (
-    FileHashes,
-    digest,
-    model_config,
-    model_fingerprint,
-    model_vocab_size,
-    tokenizer_files,
-    vocabulary_difference,
-    vocabulary_fingerprint,
-)
-from .prompts import Tokenizer
+from .errors import Held, InputsMissing, InvalidShard, RunChanged
+from .identity import FileHashes
+from .resolve import model_folder, resolve
 from .schemas.base import Model
-from .schemas.config import ModelRef, RunConfig
+from .schemas.config import RunConfig
 from .schemas.rounds import (
     EvaluationRound,
     HeldOutRound,
@@ -42,6 +32,7 @@ from .schemas.rounds import (
     StagePlan,
     TrainRound,
 )
+from .schemas.teachers import HttpBackend
 from .stage import Progress, Worker
 from .store.cache import Cache, score_commit
 from .store.claims import Claims
@@ -56,7 +47,15 @@ _FILES: dict[type[Model], str] = {
     TrainRound: "train.json",
     EvaluationRound: "evaluation.json",
 }
-_MAY_CHANGE = ("rounds", "output")
+_SERVICE = {"backend": set(HttpBackend.model_fields) - {"type", "tokenizer"}}
+_MAY_CHANGE: Mapping[str, Any] = {
+    "rounds": True,
+    "output": True,
+    "teacher": _SERVICE,
+    "teachers": {"__all__": _SERVICE},
+    "references": {"__all__": _SERVICE},
+}
+"""What may change under way: how many rounds, where things are, how a served teacher is asked."""
 
 
 class RunFolder:
@@ -140,9 +139,11 @@ class RunFolder:
                 return all(made and made.content == shard.content for shard, made in again)
             case ScoreRound():
                 rollouts = self.need(RolloutRound, file.round).shards
+                every = (file.shards, *file.references.values())
                 commits = {
-                    item.key: score_commit(shard.content, file.teacher, item.key)
-                    for shard in file.shards
+                    item.key: score_commit(shard.content, shard.teacher, item.key)
+                    for shards in every
+                    for shard in shards
                     for item in shard.served
                 }
                 same = [s.content for s in rollouts] == [s.content for s in file.shards]
@@ -185,6 +186,11 @@ class RunFolder:
 
     def _plan_path(self, kind: type[RoundFile], round_index: int) -> Path:
         return self.round_path(round_index) / _FILES[kind].replace(".json", ".plan.json")
+
+    @property
+    def sent_tokens_path(self) -> Path:
+        """What was sent to teachers that others serve, a number of tokens a line."""
+        return self.path / "sent-teacher-tokens"
 
     def resolved(self) -> Resolved | None:
         """What the run resolved to when it began; None when it has not begun."""
@@ -246,101 +252,33 @@ def open_run(config: RunConfig, progress: Progress, worker: Worker) -> RunContex
     began = folder.resolved()
     if began is not None:
         _same(began.config, config, folder)
-    now = _resolve(config, folder, began)
+    now = resolve(config, folder.hashes, began)
     if began is None:
         _create(folder.path / "resolved.json", now)
         began = folder.resolved()
         assert began is not None
-    said = {"student": "student", "teacher": "teacher", "tokenizers": "tokenizer's files"}
-    for name, what in said.items():
-        if getattr(began, name) != getattr(now, name):
+    for name, then in _identities(began).items():
+        if then != (found := _identities(now).get(name)):
             raise RunChanged(
-                f"{what}: not what this run began with",
+                f"{name}: not what this run began with",
                 where=folder.path,
-                expected=getattr(began, name)[:12],
-                got=getattr(now, name)[:12],
+                expected=then[:12],
+                got=(found or "nothing")[:12],
                 remedy="restore it, or give the run another output folder",
             )
     resolved = began.model_copy(update={"config": config})
     return RunContext(resolved, folder, Cache(config.cache), progress, worker)
 
 
-def load_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer beside a model.
-
-    Raises:
-        ModelError: there is none.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer: Tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(
-            "no tokenizer beside the model",
-            where=folder,
-            remedy="save it there with tokenizer.save_pretrained",
-        ) from error
-    return tokenizer
-
-
-def model_folder(ref: ModelRef) -> Path:
-    """The model's folder; a hub id is downloaded, or found in the hub's cache.
-
-    Raises:
-        ModelError: neither a folder nor a model of the hub.
-    """
-    if Path(ref.model).is_absolute():
-        return Path(ref.model)
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(ref.model, revision=ref.revision))
-    except (OSError, ValueError) as error:
-        raise ModelError(
-            "neither a model folder nor a model that the hub gives",
-            where=ref.model,
-            remedy="check the path, relative to the run file",
-        ) from error
-
-
-def _resolve(config: RunConfig, folder: RunFolder, began: Resolved | None) -> Resolved:
-    """What the run file means now; ``began`` saves reading tokenizers whose files are the same."""
-    student, teacher = model_folder(config.student), model_folder(config.teacher)
-    sizes = [model_vocab_size(model_config(path)) for path in (student, teacher)]
-    hashes = folder.hashes
-    prints = [model_fingerprint(path, hashes) for path in (student, teacher)]
-    files = [file for path in (student, teacher) for file in tokenizer_files(path)]
-    tokenizers = digest(hashes.of(files))
-    known = began is not None and began.tokenizers == tokenizers
-    vocabulary = began.vocabulary if began and known else _shared_vocabulary(student, teacher)
-    return Resolved(
-        run_id=began.run_id if began else secrets.token_hex(8),
-        opdcache=version("opdcache"),
-        config=config,
-        student=prints[0],
-        teacher=prints[1],
-        vocabulary=vocabulary,
-        tokenizers=tokenizers,
-        vocab_size=min(sizes),
-    )
-
-
-def _shared_vocabulary(student: Path, teacher: Path) -> str:
-    """Fingerprint of the token ids that both models share.
-
-    Raises:
-        TokenizerMismatch: they do not.
-    """
-    vocabularies = [load_tokenizer(path).get_vocab() for path in (student, teacher)]
-    difference = vocabulary_difference(*vocabularies)
-    if difference is not None:
-        raise TokenizerMismatch(
-            f"teacher and student do not share token ids: {difference}",
-            where=teacher,
-            remedy="choose a teacher with the student's tokenizer",
-        )
-    return vocabulary_fingerprint(vocabularies[0])
+def _identities(resolved: Resolved) -> dict[str, str]:
+    """What a run began with and may not change, by its name for people."""
+    return {
+        "student": resolved.student,
+        "teacher": resolved.teacher,
+        **{f"teacher of {task}": print for task, print in resolved.teachers.items()},
+        **{f"reference {name}": print for name, print in resolved.references.items()},
+        "tokenizer's files": resolved.tokenizers,
+    }
 
 
 def _same(began: RunConfig, now: RunConfig, folder: RunFolder) -> None:
@@ -348,9 +286,9 @@ def _same(began: RunConfig, now: RunConfig, folder: RunFolder) -> None:
 
     The learning rate of a schedule with an end depends on the number of rounds.
     """
-    may = set(_MAY_CHANGE)
+    may: dict[str, Any] = dict(_MAY_CHANGE)
     if began.train.optimizer.schedule != "constant":
-        may.remove("rounds")
+        del may["rounds"]
     old, new = (_flat(c.model_dump(mode="json", exclude=may)) for c in (began, now))
     changed = [name for name in {**new, **old} if old.get(name) != new.get(name)]
     if changed:

@@ -5,24 +5,10 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, JsonValue, model_validator
 
 from .base import Model
-from .columns import SCORE_COLUMNS, Compression, ScoreColumn
+from .columns import Compression, ScoreColumn
 from .losses import LossConfig, cell, refusal
 from .manifests import Sampling
-
-Dtype = Literal["bfloat16", "float16", "float32"]
-
-
-class ModelRef(Model):
-    """A model in Hugging Face format."""
-
-    model: str = Field(description="folder (relative to the run file) or hub id")
-    revision: str | None = Field(None, description="hub revision; not used for a folder")
-
-
-class TeacherConfig(ModelRef):
-    """The scoring model."""
-
-    dtype: Dtype = Field("bfloat16", description="dtype that the teacher computes in")
+from .teachers import STUDENT, Dtype, HttpBackend, ModelRef, TeacherConfig
 
 
 class JsonlSource(Model):
@@ -94,9 +80,10 @@ class ScoreConfig(Model):
     mass: float = Field(
         1.0, gt=0, le=1, description="entries are kept until they hold this mass; 1: always k"
     )
-    columns: tuple[ScoreColumn, ...] = Field(
-        SCORE_COLUMNS,
-        description="stored columns; student_topk is left out when rollouts record none",
+    columns: tuple[ScoreColumn, ...] | None = Field(
+        None,
+        description="stored columns; by default all that the teacher's backend gives and the "
+        "rollouts allow, draws when score.draws says how many",
     )
     step: float = Field(
         1 / 256,
@@ -171,6 +158,14 @@ class RunConfig(Model):
     )
     student: ModelRef = Field(description="the policy of round 0")
     teacher: TeacherConfig = Field(description="the model distilled from")
+    teachers: dict[str, TeacherConfig] = Field(
+        {}, description="teachers of single tasks, by task; the others are teacher's"
+    )
+    references: dict[str, TeacherConfig] = Field(
+        {},
+        description="more models that score the same rollouts, by a name of one's own; the model "
+        f"{STUDENT} is the policy that sampled",
+    )
     prompts: PromptsConfig = Field(description="prompts and their schedule")
     rollout: RolloutConfig = Field(RolloutConfig(), description="rollout stage")
     score: ScoreConfig = Field(ScoreConfig(), description="score stage")
@@ -186,17 +181,47 @@ class RunConfig(Model):
             )
         return self
 
-    @property
-    def score_columns(self) -> frozenset[ScoreColumn]:
-        """Columns that this run stores: those asked for that its rollouts allow."""
+    def teacher_of(self, task: str) -> TeacherConfig:
+        """The teacher that scores a task."""
+        return self.teachers.get(task, self.teacher)
+
+    def columns_of(self, teacher: TeacherConfig) -> frozenset[ScoreColumn]:
+        """Columns that this run stores of a scoring model."""
         absent: set[ScoreColumn] = set() if self.rollout.student_topk else {"student_topk"}
         drawn: set[ScoreColumn] = {"draws"} if self.score.draws else set()
-        return (frozenset(self.score.columns) | drawn) - absent
+        if self.score.columns is not None:
+            return (frozenset(self.score.columns) | drawn) - absent
+        return ((teacher.can_give - {"draws"}) | drawn) - absent
 
     @model_validator(mode="after")
-    def _draws_are_counted(self) -> Self:
-        if "draws" in self.score.columns and not self.score.draws:
+    def _columns_can_be_given(self) -> Self:
+        if "draws" in (self.score.columns or ()) and not self.score.draws:
             raise ValueError("score.columns: 'draws' needs score.draws to say how many")
+        for teacher in (self.teacher, *self.teachers.values(), *self.references.values()):
+            lacking = sorted(self.columns_of(teacher) - teacher.can_give)
+            if lacking:
+                raise ValueError(
+                    f"score: a {teacher.backend.type} teacher cannot give {lacking[0]!r}, only "
+                    f"{', '.join(sorted(teacher.can_give))}"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _the_student_can_be_scored(self) -> Self:
+        if STUDENT in {teacher.model for teacher in (self.teacher, *self.teachers.values())}:
+            raise ValueError(f"teacher.model: {STUDENT} can only be a reference")
+        for name, reference in self.references.items():
+            if reference.model == STUDENT and isinstance(reference.backend, HttpBackend):
+                raise ValueError(f"references.{name}: {STUDENT} is not served by http")
+        return self
+
+    @model_validator(mode="after")
+    def _evaluation_sees_every_teacher(self) -> Self:
+        served = [t for t in (self.teacher, *self.teachers.values()) if t.backend.type == "http"]
+        if self.evaluation is not None and served:
+            raise ValueError(
+                "evaluation: it compares whole distributions, which a http teacher does not give"
+            )
         return self
 
     @model_validator(mode="after")
@@ -212,11 +237,13 @@ class RunConfig(Model):
                 f"record it; set rollout.student_topk to {loss.k} or more, not "
                 f"{self.rollout.student_topk}"
             )
-        missing = needs.columns - self.score_columns
+        teachers = (self.teacher, *self.teachers.values())
+        missing = needs.columns - frozenset.intersection(*map(self.columns_of, teachers))
         if missing:
             raise ValueError(
                 f"train.loss: support {loss.support!r} needs the score column "
-                f"{', '.join(sorted(missing))}; add it to score.columns"
+                f"{', '.join(sorted(missing))}; add it to score.columns, or take a backend that "
+                "gives it"
             )
         if "topk" in needs.columns and self.score.k < loss.k:
             raise ValueError(

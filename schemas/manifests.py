@@ -14,7 +14,8 @@ from .base import Model
 from .columns import ScoreColumn
 
 AS_SAMPLED = "as-sampled"
-"""Rendering of a teacher that reads exactly the prompt token ids that the student read."""
+"""Rendering of a teacher that reads exactly the prompt token ids that the student read. Any other
+is the digest of the token ids that the teacher reads in the place of the shard's prompts."""
 
 Kind = Literal["rollouts", "scores"]
 
@@ -64,6 +65,9 @@ class ScoreIdentity(Model):
     teacher: str = Field(description="fingerprint of the scoring model")
     rendering: str = Field(description="how the teacher's prompt is made")
     dtype: str = Field(description="dtype that the teacher computes in")
+    arguments: dict[str, JsonValue] = Field(
+        {}, description="arguments of the model or its engine that change the distributions"
+    )
     columns: tuple[ScoreColumn, ...] = Field(description="stored columns, sorted")
     k: int = Field(description="most kept entries a token; 0 without top-k")
     mass: float = Field(description="entries are kept until they hold this mass; 1 keeps k always")
@@ -79,6 +83,9 @@ class ScoreRequirement(Model):
     teacher: str = Field(description="fingerprint of the scoring model")
     rendering: str = Field(description="how the teacher's prompt is made")
     dtype: str = Field(description="dtype that the teacher computes in")
+    arguments: dict[str, JsonValue] = Field(
+        {}, description="arguments of the model or its engine that change the distributions"
+    )
     columns: frozenset[ScoreColumn] = Field(description="columns needed")
     k: int = Field(description="least kept entries a token")
     mass: float = Field(description="least mass threshold")
@@ -88,8 +95,8 @@ class ScoreRequirement(Model):
 
     def served_by(self, scores: ScoreIdentity) -> frozenset[ScoreColumn]:
         """The needed columns that this set gives; empty when it is another teacher's."""
-        same = (self.teacher, self.rendering, self.dtype)
-        if (scores.teacher, scores.rendering, scores.dtype) != same:
+        exactly = ("teacher", "rendering", "dtype", "arguments")
+        if any(getattr(self, name) != getattr(scores, name) for name in exactly):
             return frozenset()
         fine = scores.step <= self.step
         wide = scores.k >= self.k and scores.mass >= self.mass

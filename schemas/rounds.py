@@ -20,9 +20,17 @@ class Resolved(Model):
     config: RunConfig = Field(description="the run file, paths made absolute")
     student: str = Field(description="fingerprint of the policy of round 0")
     teacher: str = Field(description="fingerprint of the teacher")
+    teachers: dict[str, str] = Field({}, description="fingerprints of single tasks' teachers")
+    references: dict[str, str] = Field(
+        {}, description="fingerprints of the references that are no round's student"
+    )
     vocabulary: str = Field(description="fingerprint of the shared token ids")
-    tokenizers: str = Field(description="digest of both models' tokenizer files")
-    vocab_size: int = Field(description="ids that both models can produce")
+    tokenizers: str = Field(description="digest of all models' tokenizer files")
+    vocab_size: int = Field(description="ids that all models can produce")
+
+    def teacher_of(self, task: str) -> str:
+        """Fingerprint of the teacher that scores a task."""
+        return self.teachers.get(task, self.teacher)
 
 
 class StagePlan(Model):
@@ -71,9 +79,10 @@ class ServedColumns(Model):
 
 
 class ScoredShard(Model):
-    """The score sets that serve a rollout shard."""
+    """The score sets of one model that serve a rollout shard."""
 
     content: str = Field(description="content hash of the rollout shard")
+    teacher: str = Field(description="fingerprint of the scoring model")
     served: tuple[ServedColumns, ...] = Field(description="sets, and what each gives")
     cached: bool = Field(description="whether other runs had made every set")
 
@@ -82,8 +91,10 @@ class ScoreRound(Model):
     """``rounds/NNN/score.json``."""
 
     round: int = Field(description="index of the round")
-    teacher: str = Field(description="fingerprint of the scoring model")
     shards: tuple[ScoredShard, ...] = Field(description="in the order of the rollout shards")
+    references: dict[str, tuple[ScoredShard, ...]] = Field(
+        {}, description="the same of each reference, by its name"
+    )
     elapsed_s: float = Field(description="wall time of the worker that finished the stage")
 
 
@@ -104,7 +115,7 @@ class EvaluationRound(Model):
 
     round: int = Field(description="index of the round; 0 is before any training")
     student: str = Field(description="fingerprint of the student")
-    teacher: str = Field(description="fingerprint of the teacher")
+    teachers: tuple[str, ...] = Field(description="fingerprints of the shards' teachers, in order")
     contents: tuple[str, ...] = Field(description="content hashes of the held-out rollouts")
     reverse_kl: float = Field(description="mean over tokens of KL(student || teacher), nats")
     overlap: float = Field(description="share of the student's top 16 in the teacher's top 16")

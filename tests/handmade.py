@@ -75,7 +75,7 @@ def rounds(
 ) -> tuple[RolloutRound, ScoreRound]:
     """The round files that pin the shards and their score sets."""
     listed = tuple(
-        ScoredShard(content=shard.content, served=tuple(sets), cached=False)
+        ScoredShard(content=shard.content, teacher=TEACHER, served=tuple(sets), cached=False)
         for shard, sets in zip(shards, served, strict=True)
     )
     return (
@@ -86,5 +86,5 @@ def rounds(
             dropped={},
             elapsed_s=0.0,
         ),
-        ScoreRound(round=round_index, teacher=TEACHER, shards=listed, elapsed_s=0.0),
+        ScoreRound(round=round_index, shards=listed, elapsed_s=0.0),
     )

@@ -11,9 +11,9 @@ import torch
 from numpy.typing import NDArray
 
 from opdcache.errors import InvalidShard
-from opdcache.heads import TeacherStats
 from opdcache.schemas.columns import ScoreColumn
-from opdcache.score.transformers_scorer import Sequences, TransformersScorer
+from opdcache.score.teacher import Ask, Sequences, in_order
+from opdcache.score.transformers_scorer import TransformersScorer
 from opdcache.store.cache import Cache, rollout_commit
 from opdcache.store.scores import Scores, StudentTopK, TopK
 from opdcache.train.samples import MicroBatch, RoundSamples
@@ -73,79 +73,93 @@ def scorer(folder: Path, batch_tokens: int) -> TransformersScorer:
     return TransformersScorer(folder, dtype="float32", batch_tokens=batch_tokens)
 
 
-def score(folder: Path, batch_tokens: int, sequences: Sequences = SEQUENCES) -> TeacherStats:
-    return scorer(folder, batch_tokens).score(sequences, k=K, mass=1.0, num_ids=TINY_VOCAB)
+def score(folder: Path, batch_tokens: int, sequences: Sequences = SEQUENCES) -> Scores:
+    ask = Ask(frozenset(ALL), k=K, mass=1.0, num_ids=TINY_VOCAB)
+    return in_order(scorer(folder, batch_tokens).score(sequences, ask))
+
+
+def sampled(scores: Scores) -> NDArray[np.float32]:
+    assert scores.sampled_logprobs is not None
+    return scores.sampled_logprobs
 
 
 @pytest.mark.parametrize("batch_tokens", [1, 30, 64, 10_000])
 def test_scores_are_those_of_one_sequence_at_a_time(
     tiny_teacher: Path, oracle: list[torch.Tensor], batch_tokens: int
 ) -> None:
-    stats = score(tiny_teacher, batch_tokens)
+    scores = score(tiny_teacher, batch_tokens)
     exact = predictions(oracle)
-    sampled = [int(y) for completion in COMPLETIONS for y in completion]
-    assert len(stats.sampled_T) == len(sampled) == 24
+    tokens = [int(y) for completion in COMPLETIONS for y in completion]
+    assert len(sampled(scores)) == len(tokens) == 24
+    assert scores.token_offsets.tolist() == SEQUENCES.offsets.tolist()
+    assert scores.topk is not None
+    assert scores.entropy is not None
+    assert scores.student_topk is not None
     order = exact.sort(dim=1, descending=True)
-    assert torch.equal(stats.topk_ids_TK, order.indices[:, :K])
-    assert float((stats.topk_TK - order.values[:, :K]).abs().max()) <= 1e-5
-    for t, y in enumerate(sampled):
-        assert abs(float(stats.sampled_T[t] - exact[t, y])) <= 1e-5
-        assert abs(float(stats.entropy_T[t]) + float((exact[t].exp() * exact[t]).sum())) <= 5e-5
+    assert scores.topk.ids.tolist() == order.indices[:, :K].tolist()
+    assert np.abs(scores.topk.logprobs - order.values[:, :K].numpy()).max() <= 1e-5
+    for t, y in enumerate(tokens):
+        assert abs(sampled(scores)[t] - float(exact[t, y])) <= 1e-5
+        assert abs(scores.entropy[t] + float((exact[t].exp() * exact[t]).sum())) <= 5e-5
         tail = float(exact[t, order.indices[t, K:]].exp().sum())
-        assert abs(float(stats.tail_T[t]) - math.log(tail)) <= 1e-4
+        assert abs(scores.topk.tail_logprobs[t] - math.log(tail)) <= 1e-4
         for j in range(3):
-            assert abs(float(stats.gathered_TS[t, j] - exact[t, RECORDED[t, j]])) <= 1e-5
+            gathered = float(exact[t, RECORDED[t, j]])
+            assert abs(scores.student_topk.logprobs[t, j] - gathered) <= 1e-5
 
 
 @pytest.mark.parametrize("shift", [-1, 1])
 def test_scores_that_were_shifted_by_one_token_would_be_found(
     tiny_teacher: Path, oracle: list[torch.Tensor], shift: int
 ) -> None:
-    sampled = torch.from_numpy(SEQUENCES.sampled_T)
+    tokens = torch.from_numpy(SEQUENCES.sampled_T)
     padded = [torch.cat([o, o[-1:]]) for o in oracle]
     if shift == -1:
         padded = [torch.cat([o[:1], o]) for o in oracle]
     rows = predictions(padded, shift=max(shift, 0))
-    shifted = rows.gather(1, sampled[:, None])[:, 0]
-    difference = (score(tiny_teacher, 64).sampled_T - shifted).abs()
-    assert float(difference.median()) > 0.1
+    shifted = rows.gather(1, tokens[:, None])[:, 0].numpy()
+    difference = np.abs(sampled(score(tiny_teacher, 64)) - shifted)
+    assert float(np.median(difference)) > 0.1
 
 
 def test_a_sequence_has_the_same_scores_whatever_stands_beside_it(tiny_teacher: Path) -> None:
-    together = score(tiny_teacher, 10_000)
+    together = sampled(score(tiny_teacher, 10_000))
     start = 0
     for i, completion in enumerate(COMPLETIONS):
         stop = start + len(completion)
         alone = Sequences([PROMPTS[i]], [completion], RECORDED[start:stop])
-        own = score(tiny_teacher, 64, alone)
-        assert own.sampled_T.shape == (len(completion),)
+        own = sampled(score(tiny_teacher, 64, alone))
+        assert own.shape == (len(completion),)
         if len(completion):
-            assert float((own.sampled_T - together.sampled_T[start:stop]).abs().max()) <= 1e-5
+            assert np.abs(own - together[start:stop]).max() <= 1e-5
         start = stop
 
 
 def test_the_order_of_the_sequences_is_the_order_of_their_scores(tiny_teacher: Path) -> None:
     back = Sequences(PROMPTS[::-1], COMPLETIONS[::-1], np.zeros((24, 0), np.int64))
-    forward, reverse = score(tiny_teacher, 40), score(tiny_teacher, 40, back)
-    lengths = [len(c) for c in COMPLETIONS]
-    pieces = list(reverse.sampled_T.split(lengths[::-1]))[::-1]
-    assert float((torch.cat(pieces) - forward.sampled_T).abs().max()) <= 1e-5
+    forward, reverse = sampled(score(tiny_teacher, 40)), score(tiny_teacher, 40, back)
+    pieces = [sampled(reverse.rows(i, i + 1)) for i in reversed(range(len(COMPLETIONS)))]
+    assert np.abs(np.concatenate(pieces) - forward).max() <= 1e-5
 
 
 def test_draws_belong_to_their_token_whatever_the_batches_are(
     tiny_teacher: Path, oracle: list[torch.Tensor]
 ) -> None:
-    uniforms = np.random.default_rng(0).random((24, 6))
-    for batch_tokens in (1, 40, 10_000):
-        drawn = (
-            scorer(tiny_teacher, batch_tokens)
-            .score(SEQUENCES, k=K, mass=1.0, num_ids=TINY_VOCAB, uniforms_TN=uniforms)
-            .drawn_TN
-        )
-        for t, probs in enumerate(predictions(oracle).double().exp()):
-            below = probs.cumsum(dim=0)
-            for u, drawn_id in zip(uniforms[t], drawn[t].tolist(), strict=True):
-                assert below[drawn_id] - probs[drawn_id] - 1e-5 <= u <= below[drawn_id] + 1e-5
+    evenly = np.broadcast_to((np.arange(500) + 0.5) / 500, (24, 500)).copy()
+    ask = Ask(frozenset({"draws"}), K, 1.0, TINY_VOCAB, uniforms_TN=evenly)
+    made = [
+        in_order(scorer(tiny_teacher, batch_tokens).score(SEQUENCES, ask)).draws
+        for batch_tokens in (1, 40, 10_000)
+    ]
+    for draws in made:
+        assert draws is not None
+        assert made[0] is not None
+        assert draws.ids.tolist() == made[0].ids.tolist()
+        assert draws.counts.tolist() == made[0].counts.tolist()
+    assert made[0] is not None
+    for t, probs in enumerate(predictions(oracle).exp().numpy()):
+        drawn = np.bincount(made[0].ids[t], made[0].counts[t], minlength=TINY_VOCAB)
+        assert np.abs(drawn - 500 * probs).max() <= 1.01
 
 
 def test_a_token_id_beyond_the_teachers_vocabulary_is_refused(tiny_teacher: Path) -> None:

@@ -151,6 +151,7 @@ def test_a_score_key_changes_with_every_field_of_its_identity() -> None:
         "teacher": "u" * 64,
         "rendering": "own",
         "dtype": "float32",
+        "arguments": {"quantization": "fp8"},
         "columns": ("sampled",),
         "k": 17,
         "mass": 0.99,

@@ -342,7 +342,7 @@ def test_a_raw_prompt_is_its_text_alone() -> None:
 
 
 def test_a_tokenizer_without_chat_template_is_refused_with_the_remedy() -> None:
-    with pytest.raises(PromptError, match=r"no chat template; set prompts\.template: raw"):
+    with pytest.raises(PromptError, match=r"no chat template; set the prompts' template: raw"):
         render([prompt("x")], config(), WordTokenizer(chat_template=None))
 
 

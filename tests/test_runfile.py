@@ -375,4 +375,4 @@ def test_a_loss_whose_column_is_not_stored_is_refused(
 def test_the_student_s_entries_are_not_scored_when_none_are_recorded(tmp_path: Path) -> None:
     config = load(tmp_path, {"rollout.student_topk": 0})
 
-    assert config.score_columns == {"sampled", "entropy", "topk"}
+    assert config.columns_of(config.teacher) == {"sampled", "entropy", "topk"}

@@ -1,39 +1,81 @@
-"""Plans a round's score shards and makes those that no committed score set serves."""
+"""Plans a round's score shards and makes those that no committed score set serves.
+
+Every rollout shard is scored by its task's teacher, and by every reference.
+"""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import get_args
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import JsonValue
 
 from ..errors import InputsMissing
-from ..heads import TeacherStats
-from ..identity import key_of
-from ..runfolder import RunContext, model_folder
-from ..schemas.manifests import AS_SAMPLED, ScoreIdentity, ScoreManifest, ScoreRequirement
+from ..identity import key_of, model_fingerprint
+from ..runfolder import RunContext
+from ..schemas.columns import ScoreColumn
+from ..schemas.manifests import ScoreIdentity, ScoreManifest, ScoreRequirement
 from ..schemas.rounds import RolloutRound, RolloutShard, ScoredShard, ScoreRound, StagePlan
+from ..schemas.teachers import STUDENT, TeacherConfig
 from ..stage import give_up, interrupts, make_shards, provenance
 from ..store import codec
 from ..store import rollouts as shards
 from ..store.arrays import need_compression
 from ..store.cache import Attempt, score_commit
-from ..store.scores import GROUP, Draws, Scores, StudentTopK, TopK, encode_scores
+from ..store.encoding import ScoreBuilder
+from ..store.scores import GROUP
 from ..store.upkeep import quarantining
-from .transformers_scorer import Sequences, TransformersScorer
+from .backends import load_teacher, model_arguments
+from .rendering import Rendering
+from .teacher import Ask, Sequences, Teacher
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A scoring model of a round, and how it reads prompts."""
+
+    config: TeacherConfig
+    fingerprint: str
+    rendering: Rendering
 
 
 @dataclass(frozen=True, slots=True)
 class ScoreTask:
-    """One score set to be: a rollout shard, and the identity of its scores."""
+    """One score set to be.
+
+    Attributes:
+        rollout: the shard that is scored.
+        model: what scores it.
+        need: what the run needs of any score set.
+        identity: of the set that this run would make.
+    """
 
     rollout: RolloutShard
+    model: Model
+    need: ScoreRequirement
     identity: ScoreIdentity
 
     @property
     def key(self) -> str:
         """Key of the score set."""
         return key_of(self.identity)
+
+
+@dataclass(frozen=True, slots=True)
+class ScorePlan:
+    """A round's score sets: of the tasks' teachers, and of each reference; a task a shard."""
+
+    teachers: tuple[ScoreTask, ...]
+    references: Mapping[str, tuple[ScoreTask, ...]]
+
+    @property
+    def tasks(self) -> dict[str, ScoreTask]:
+        """Every task by key, those of one model together."""
+        every = [*self.teachers, *(t for tasks in self.references.values() for t in tasks)]
+        every.sort(key=lambda task: task.model.fingerprint)
+        return {task.key: task for task in every}
 
 
 def run(context: RunContext, round_index: int) -> ScoreRound:
@@ -57,21 +99,20 @@ def run(context: RunContext, round_index: int) -> ScoreRound:
 def _run(context: RunContext, round_index: int, *, anew: bool) -> ScoreRound:
     started = time.monotonic()
     need_compression(context.config.score.compression)
-    rollouts = context.folder.need(RolloutRound, round_index).shards
-    need = requirement(context)
-    tasks = {task.key: task for task in plan_round(context, rollouts)}
-    found = {key: context.cache.serve(t.rollout.content, need) for key, t in tasks.items()}
+    plan = plan_round(context, round_index)
+    tasks = plan.tasks
+    found = {key: context.cache.serve(t.rollout.content, t.need) for key, t in tasks.items()}
     serving = [manifest.key for sets in found.values() for manifest, _ in sets or ()]
     context.cache.pin(context.resolved.run_id, "scores", [*tasks, *serving])
     missing = tuple(
-        score_commit(task.rollout.content, need.teacher, key)
+        score_commit(task.rollout.content, task.need.teacher, key)
         for key, task in tasks.items()
         if found[key] is None
     )
     context.folder.write_plan(
         ScoreRound, round_index, StagePlan(num_shards=len(tasks), missing=missing)
     )
-    scorer = _Scorer(context)
+    scorer = _Scorer(context, round_index)
     context.progress.begin(f"round {round_index} score", len(tasks), "shards")
     try:
         with interrupts(give_up):
@@ -79,21 +120,28 @@ def _run(context: RunContext, round_index: int, *, anew: bool) -> ScoreRound:
                 context.cache,
                 "scores",
                 tasks,
-                is_done=lambda task: context.cache.serve(task.rollout.content, need) is not None,
+                is_done=lambda task: (
+                    context.cache.serve(task.rollout.content, task.need) is not None
+                ),
                 compute=scorer.make,
                 worker=context.worker,
                 progress=context.progress,
             )
     finally:
         context.progress.end()
-    listed = tuple(_served(context, rollout, need) for rollout in rollouts)
-    used = [served.key for shard in listed for served in shard.served]
+        scorer.close()
+    references = {
+        name: tuple(_served(context, task) for task in of) for name, of in plan.references.items()
+    }
+    listed = tuple(_served(context, task) for task in plan.teachers)
+    every = (listed, *references.values())
+    used = [served.key for scored in every for shard in scored for served in shard.served]
     context.cache.pin(context.resolved.run_id, "scores", used)
     context.folder.write(
         ScoreRound(
             round=round_index,
-            teacher=need.teacher,
             shards=listed,
+            references=references,
             elapsed_s=round(time.monotonic() - started, 3),
         ),
         anew=anew,
@@ -101,136 +149,166 @@ def _run(context: RunContext, round_index: int, *, anew: bool) -> ScoreRound:
     return context.folder.need(ScoreRound, round_index)
 
 
-def requirement(context: RunContext) -> ScoreRequirement:
-    """What this run needs of any score set."""
-    config = context.config
-    return ScoreRequirement(
-        teacher=context.resolved.teacher,
-        rendering=AS_SAMPLED,
-        dtype=config.teacher.dtype,
-        columns=config.score_columns,
-        k=config.score.k,
-        mass=config.score.mass,
-        num_ids=context.resolved.vocab_size,
-        step=config.score.step,
-        draws=config.score.draws,
+def plan_round(context: RunContext, round_index: int) -> ScorePlan:
+    """The score sets that this run would make of a round's rollouts.
+
+    Raises:
+        InputsMissing: the round has no rollouts yet.
+        PromptError: a teacher's prompt cannot be made of a shard's.
+    """
+    rollouts = context.folder.need(RolloutRound, round_index).shards
+    config, resolved = context.config, context.resolved
+
+    def tasks(models: Sequence[Model]) -> tuple[ScoreTask, ...]:
+        pairs = zip(rollouts, models, strict=True)
+        return tuple(_task(context, rollout, model) for rollout, model in pairs)
+
+    by_task = {
+        task: _model(config.teacher_of(task), resolved.teacher_of(task))
+        for task in {shard.task for shard in rollouts}
+    }
+    references = {name: _reference(context, name, round_index) for name in config.references}
+    return ScorePlan(
+        tasks([by_task[shard.task] for shard in rollouts]),
+        {name: tasks([model] * len(rollouts)) for name, model in references.items()},
     )
 
 
-def plan_round(context: RunContext, rollouts: Sequence[RolloutShard]) -> list[ScoreTask]:
-    """The score set that this run would make of each rollout shard."""
-    need = requirement(context)
-    return [
-        ScoreTask(
-            rollout,
-            ScoreIdentity(
-                content=rollout.content,
-                teacher=need.teacher,
-                rendering=need.rendering,
-                dtype=need.dtype,
-                columns=tuple(sorted(need.columns)),
-                k=need.k,
-                mass=need.mass,
-                num_ids=need.num_ids,
-                step=need.step,
-                draws=need.draws,
-                draw_seed=context.config.score.draw_seed if need.draws else 0,
-            ),
-        )
-        for rollout in rollouts
-    ]
+def _reference(context: RunContext, name: str, round_index: int) -> Model:
+    config = context.config.references[name]
+    if config.model != STUDENT:
+        return _model(config, context.resolved.references[name])
+    student = context.student(round_index)
+    fingerprint = model_fingerprint(student, context.folder.hashes)
+    return _model(config.model_copy(update={"model": str(student)}), fingerprint)
 
 
-def _served(context: RunContext, rollout: RolloutShard, need: ScoreRequirement) -> ScoredShard:
-    served = context.cache.serve(rollout.content, need)
+def _model(config: TeacherConfig, fingerprint: str) -> Model:
+    return Model(config, fingerprint, Rendering(config))
+
+
+def _task(context: RunContext, rollout: RolloutShard, model: Model) -> ScoreTask:
+    score = context.config.score
+    need = ScoreRequirement(
+        teacher=model.fingerprint,
+        rendering=model.rendering.key(context.cache, rollout),
+        dtype=model.config.dtype,
+        arguments=model_arguments(model.config),
+        columns=context.config.columns_of(model.config),
+        k=score.k,
+        mass=score.mass,
+        num_ids=context.resolved.vocab_size,
+        step=score.step,
+        draws=score.draws,
+    )
+    identity = ScoreIdentity(
+        content=rollout.content,
+        draw_seed=score.draw_seed if need.draws else 0,
+        **need.model_dump(exclude={"columns"}),
+        columns=tuple(sorted(need.columns)),
+    )
+    return ScoreTask(rollout, model, need, identity)
+
+
+def _served(context: RunContext, task: ScoreTask) -> ScoredShard:
+    content = task.rollout.content
+    served = context.cache.serve(content, task.need)
     if served is None:
         raise InputsMissing(
             "a score set went away while the stage ran",
-            where=context.cache.objects.at(f"commits/scores/{rollout.content[:3]}"),
+            where=context.cache.objects.at(f"commits/scores/{content[:3]}"),
             remedy="run the same command again",
         )
     return ScoredShard(
-        content=rollout.content,
+        content=content,
+        teacher=task.need.teacher,
         served=tuple(columns for _, columns in served),
         cached=all(m.provenance.run_id != context.resolved.run_id for m, _ in served),
     )
 
 
 class _Scorer:
-    """Makes score sets with one teacher, loaded when the first one needs it."""
+    """Makes score sets, with one model loaded at a time, when the first set needs it."""
 
-    def __init__(self, context: RunContext) -> None:
-        self._context = context
-        self._teacher: TransformersScorer | None = None
+    def __init__(self, context: RunContext, round_index: int) -> None:
+        self._context, self._round = context, round_index
+        self._teacher: Teacher | None = None
+        self._loaded: Model | None = None
 
     def make(self, task: ScoreTask, attempt: Attempt) -> ScoreManifest:
         """Score one rollout shard into the attempt."""
-        teacher, cache = self._load(), self._context.cache
+        context, identity = self._context, task.identity
+        teacher = self._load(task.model)
         started = time.monotonic()
-        table = cache.read_rollouts(cache.need_rollouts(task.rollout))
-        wants_recorded = "student_topk" in task.identity.columns
-        num_tokens = int(shards.token_offsets(table)[-1])
-        recorded = (
-            shards.flat_tokens(table, "student_topk_ids", np.int64)
-            if wants_recorded
-            else np.zeros((num_tokens, 0), np.int64)
-        )
-        sequences = Sequences(
-            shards.token_lists(table, "prompt_token_ids"),
-            shards.token_lists(table, "completion_token_ids"),
-            recorded,
-        )
-        stats = teacher.score(
-            sequences,
-            k=task.identity.k,
-            mass=task.identity.mass,
-            num_ids=task.identity.num_ids,
-            uniforms_TN=_uniforms(task.identity, num_tokens),
-        )
-        scores = as_scores(sequences, stats, task.identity)
-        attributes = {
-            "format": "opdcache scores",
-            "identity": task.identity.model_dump(mode="json"),
-        }
-        encoded = encode_scores(
-            scores,
-            step=task.identity.step,
-            attributes=attributes,
-            compression=self._context.config.score.compression,
-        )
+        sequences = read_sequences(context, task)
+        builder = ScoreBuilder(sequences.offsets, frozenset(identity.columns), identity.step)
+        for batch in teacher.score(sequences, ask_for(identity, sequences)):
+            builder.add(batch.rows, batch.scores)
+        attributes = {"format": "opdcache scores", "identity": identity.model_dump(mode="json")}
+        encoded = builder.encode(attributes, context.config.score.compression)
         for path, data in encoded.items():
             attempt.put(f"{GROUP}/{path}", data)
+        num_tokens = int(sequences.offsets[-1])
         return ScoreManifest(
             key=task.key,
             attempt=attempt.name,
             objects=tuple(attempt.entries),
-            num_rows=table.num_rows,
+            num_rows=len(sequences.completions),
             num_tokens=num_tokens,
             dropped={},
             provenance=provenance(
-                self._context.resolved.run_id,
+                context.resolved.run_id,
                 started=started,
                 num_tokens=num_tokens,
-                details={
-                    "backend": "transformers",
-                    "batch_tokens": self._context.config.score.batch_tokens,
-                },
+                details=teacher.details() | _not_given(task.model.config),
             ),
-            identity=task.identity,
+            identity=identity,
             rollout_key=task.rollout.key,
-            vocab_size=self._context.resolved.vocab_size,
-            clip_floor=codec.clip_floor(task.identity.step),
+            vocab_size=context.resolved.vocab_size,
+            clip_floor=codec.clip_floor(identity.step),
         )
 
-    def _load(self) -> TransformersScorer:
-        if self._teacher is None:
-            config = self._context.config
-            folder = model_folder(config.teacher)
-            self._context.progress.say(f"loading the teacher {folder.name}")
-            self._teacher = TransformersScorer(
-                folder, dtype=config.teacher.dtype, batch_tokens=config.score.batch_tokens
-            )
+    def close(self) -> None:
+        """Give the model's memory back."""
+        if self._teacher is not None:
+            self._teacher.close()
+        self._teacher = self._loaded = None
+
+    def _load(self, model: Model) -> Teacher:
+        if self._teacher is None or self._loaded != model:
+            self.close()
+            self._teacher = load_teacher(self._context, model.config)
+            self._loaded = model
         return self._teacher
+
+
+def read_sequences(context: RunContext, task: ScoreTask) -> Sequences:
+    """A rollout shard as the task's model reads it."""
+    cache = context.cache
+    table = cache.read_rollouts(cache.need_rollouts(task.rollout))
+    num_tokens = int(shards.token_offsets(table)[-1])
+    recorded = (
+        shards.flat_tokens(table, "student_topk_ids", np.int64)
+        if "student_topk" in task.identity.columns
+        else np.zeros((num_tokens, 0), np.int64)
+    )
+    return Sequences(
+        task.model.rendering.prompts(table),
+        shards.token_lists(table, "completion_token_ids"),
+        recorded,
+    )
+
+
+def ask_for(identity: ScoreIdentity, sequences: Sequences) -> Ask:
+    """What a score set asks of its model."""
+    num_tokens = int(sequences.offsets[-1])
+    return Ask(
+        columns=frozenset(identity.columns),
+        k=identity.k,
+        mass=identity.mass,
+        num_ids=identity.num_ids,
+        uniforms_TN=_uniforms(identity, num_tokens),
+    )
 
 
 def _uniforms(identity: ScoreIdentity, num_tokens: int) -> NDArray[np.float64] | None:
@@ -241,21 +319,7 @@ def _uniforms(identity: ScoreIdentity, num_tokens: int) -> NDArray[np.float64] |
     return np.random.Generator(np.random.Philox(seed)).random((num_tokens, identity.draws))
 
 
-def as_scores(sequences: Sequences, stats: TeacherStats, identity: ScoreIdentity) -> Scores:
-    """The stored columns of a teacher's statistics."""
-    wanted = set(identity.columns)
-    topk = TopK(
-        ids=stats.topk_ids_TK.numpy().astype(np.int32),
-        logprobs=stats.topk_TK.numpy(),
-        num_kept=stats.num_kept_T.numpy().astype(np.uint16),
-        tail_logprobs=stats.tail_T.numpy(),
-    )
-    student = StudentTopK(stats.gathered_TS.numpy(), stats.gathered_tail_T.numpy())
-    return Scores(
-        token_offsets=sequences.offsets,
-        sampled_logprobs=stats.sampled_T.numpy() if "sampled" in wanted else None,
-        entropy=stats.entropy_T.numpy() if "entropy" in wanted else None,
-        topk=topk if "topk" in wanted else None,
-        student_topk=student if "student_topk" in wanted else None,
-        draws=Draws.of(stats.drawn_TN.numpy()) if "draws" in wanted else None,
-    )
+def _not_given(config: TeacherConfig) -> dict[str, JsonValue]:
+    """Columns that no set of this backend has, for whoever misses one."""
+    lacking = sorted(set(get_args(ScoreColumn)) - config.can_give)
+    return {"cannot_give": list(lacking)} if lacking else {}

@@ -186,9 +186,7 @@ class RoundSamples:
                 if "student_topk_ids" in names
                 else None
             ),
-            scores=self._cache.open_score_set(
-                scored.content, self._scores.teacher, scored.served
-            ).read(),
+            scores=self._cache.open_score_set(scored.content, scored.teacher, scored.served).read(),
         )
 
 

@@ -1,0 +1,150 @@
+"""What a run file means: its models found and fingerprinted, their token ids compared."""
+
+import secrets
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+
+from .errors import ModelError, TokenizerMismatch
+from .identity import (
+    FileHashes,
+    digest,
+    model_config,
+    model_fingerprint,
+    model_vocab_size,
+    tokenizer_files,
+    vocabulary_difference,
+    vocabulary_fingerprint,
+)
+from .prompts import Tokenizer
+from .schemas.config import RunConfig
+from .schemas.rounds import Resolved
+from .schemas.teachers import STUDENT, HttpBackend, ModelRef, TeacherConfig
+
+
+def resolve(config: RunConfig, hashes: FileHashes, began: Resolved | None) -> Resolved:
+    """What the run file means now.
+
+    Args:
+        hashes: of files, remembered.
+        began: what it meant before; saves reading tokenizers whose files are the same.
+
+    Raises:
+        ModelError: a model is missing or incomplete.
+        TokenizerMismatch: a teacher and the student do not share token ids.
+    """
+    student = model_folder(config.student)
+    scoring = {
+        "teacher": config.teacher,
+        **{f"teachers.{task}": teacher for task, teacher in config.teachers.items()},
+        **{f"references.{n}": m for n, m in config.references.items() if m.model != STUDENT},
+    }
+    homes = {name: tokenizer_folder(teacher) for name, teacher in scoring.items()}
+    files = [file for path in (student, *homes.values()) for file in tokenizer_files(path)]
+    tokenizers = digest(hashes.of(files))
+    known = began is not None and began.tokenizers == tokenizers
+    vocabulary = began.vocabulary if began and known else _shared_vocabulary(student, homes)
+    prints = {name: teacher_fingerprint(teacher, hashes) for name, teacher in scoring.items()}
+    sizes = [_vocab_size(teacher, homes[name]) for name, teacher in scoring.items()]
+    return Resolved(
+        run_id=began.run_id if began else secrets.token_hex(8),
+        opdcache=version("opdcache"),
+        config=config,
+        student=model_fingerprint(student, hashes),
+        teacher=prints["teacher"],
+        teachers={task: prints[f"teachers.{task}"] for task in config.teachers},
+        references={n: prints[f"references.{n}"] for n in config.references if _fixed(config, n)},
+        vocabulary=vocabulary,
+        tokenizers=tokenizers,
+        vocab_size=min(model_vocab_size(model_config(student)), *sizes),
+    )
+
+
+def _fixed(config: RunConfig, reference: str) -> bool:
+    return config.references[reference].model != STUDENT
+
+
+def teacher_fingerprint(teacher: TeacherConfig, hashes: FileHashes) -> str:
+    """Fingerprint of a scoring model; of a served one, what is declared of it.
+
+    Raises:
+        ModelError: the model is missing or incomplete.
+    """
+    if isinstance(teacher.backend, HttpBackend):
+        return digest({"served": teacher.model, "version": teacher.revision})
+    return model_fingerprint(model_folder(teacher), hashes)
+
+
+def tokenizer_folder(teacher: TeacherConfig) -> Path:
+    """Where a scoring model's tokenizer is.
+
+    Raises:
+        ModelError: neither a folder nor a model of the hub.
+    """
+    if isinstance(teacher.backend, HttpBackend):
+        return model_folder(ModelRef(model=teacher.backend.tokenizer, revision=None))
+    return model_folder(teacher)
+
+
+def _vocab_size(teacher: TeacherConfig, tokenizer: Path) -> int:
+    """Ids that the model can produce; of a served one, those that its tokenizer knows."""
+    if isinstance(teacher.backend, HttpBackend):
+        return max(load_tokenizer(tokenizer).get_vocab().values()) + 1
+    return model_vocab_size(model_config(model_folder(teacher)))
+
+
+def load_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer beside a model.
+
+    Raises:
+        ModelError: there is none.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer: Tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(
+            "no tokenizer beside the model",
+            where=folder,
+            remedy="save it there with tokenizer.save_pretrained",
+        ) from error
+    return tokenizer
+
+
+def model_folder(ref: ModelRef) -> Path:
+    """The model's folder; a hub id is downloaded, or found in the hub's cache.
+
+    Raises:
+        ModelError: neither a folder nor a model of the hub.
+    """
+    if Path(ref.model).is_absolute():
+        return Path(ref.model)
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(ref.model, revision=ref.revision))
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            "neither a model folder nor a model that the hub gives",
+            where=ref.model,
+            remedy="check the path, relative to the run file",
+        ) from error
+
+
+def _shared_vocabulary(student: Path, teachers: Mapping[str, Path]) -> str:
+    """Fingerprint of the token ids that all models share.
+
+    Raises:
+        TokenizerMismatch: they do not.
+    """
+    ours = load_tokenizer(student).get_vocab()
+    for name, folder in teachers.items():
+        difference = vocabulary_difference(ours, load_tokenizer(folder).get_vocab())
+        if difference is not None:
+            raise TokenizerMismatch(
+                f"{name} and student do not share token ids: {difference}",
+                where=folder,
+                remedy="choose a teacher with the student's tokenizer",
+            )
+    return vocabulary_fingerprint(ours)

@@ -1,0 +1,207 @@
+"""A teacher that a vLLM server serves: the same columns as ``vllm_scorer``, over HTTP.
+
+Whoever serves it may be paid by the token: what the run sends is counted in its folder before it is
+sent, and never passes the budget.
+"""
+
+import os
+import time
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+from pydantic import JsonValue
+
+from ..errors import BudgetSpent, ConfigError, EngineError, Unanswered
+from ..schemas.teachers import HttpBackend
+from ..vllm_engine import Logprobs
+from .teacher import Ask, Batch, Sequences, by_length
+from .vllm_scorer import as_scores
+
+BATCH_TOKENS = 65536
+"""Tokens whose answers are held at once, at most (one sequence at least)."""
+_FIRST_WAIT_S, _LONGEST_WAIT_S = 0.5, 30.0
+_MAY_PASS = frozenset({408, 425, 429, 500, 502, 503, 504})
+
+
+class Budget:
+    """Tokens that a run may send to served teachers, over all its processes and restarts.
+
+    Args:
+        path: a number of tokens a line, added to by every process.
+        limit: their sum at most.
+    """
+
+    def __init__(self, path: Path, limit: int) -> None:
+        self._path, self._limit = path, limit
+
+    def spend(self, num_tokens: int) -> None:
+        """Count tokens that are about to be sent.
+
+        Raises:
+            BudgetSpent: they would pass the limit; nothing is counted.
+        """
+        self._note(num_tokens)
+        total = sum(int(line) for line in self._path.read_text().split())
+        if total > self._limit:
+            self._note(-num_tokens)
+            raise BudgetSpent(
+                "the budget of teacher tokens does not hold the next request",
+                where=self._path,
+                expected=f"at most {self._limit} with it",
+                got=total,
+                remedy="raise budget_tokens of the teacher's backend to go on",
+            )
+
+    def _note(self, num_tokens: int) -> None:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        with self._path.open("ab", buffering=0) as file:
+            file.write(f"{num_tokens}\n".encode())
+
+
+class HttpScorer:
+    """Scores completions with a server's prompt log-probs.
+
+    Args:
+        model: name of the model, as the server lists it.
+        backend: how to ask.
+        ledger: see ``Budget``.
+
+    Raises:
+        ConfigError: the server does not serve the model, or the API key's variable is not set.
+        Unanswered: no server answers.
+    """
+
+    def __init__(self, model: str, backend: HttpBackend, ledger: Path) -> None:
+        self._model, self._backend = model, backend
+        self._budget = Budget(ledger, backend.budget_tokens)
+        self._client = httpx.Client(
+            base_url=backend.url.rstrip("/"),
+            timeout=backend.timeout_s,
+            headers=_authorisation(backend),
+            limits=httpx.Limits(max_connections=backend.concurrency),
+        )
+        listed = self._send("GET", "/v1/models")["data"]
+        served = {entry["id"]: entry for entry in listed}
+        if model not in served:
+            raise ConfigError(
+                f"the server does not serve {model!r}",
+                where=backend.url,
+                remedy=f"teacher.model is one of: {', '.join(sorted(served))}",
+            )
+        self._served: dict[str, JsonValue] = {
+            name: served[model][name]
+            for name in ("id", "root", "max_model_len")
+            if name in served[model]
+        }
+
+    def score(self, sequences: Sequences, ask: Ask) -> Iterator[Batch]:
+        """See ``Teacher``. A shard is begun only if the budget holds all of it.
+
+        Raises:
+            BudgetSpent: see ``Budget``.
+            Unanswered: the server did not answer, try after try.
+        """
+        self._budget.spend(int(sequences.lengths.sum()) + len(sequences.completions))
+        with ThreadPoolExecutor(self._backend.concurrency) as pool:
+            for rows in by_length(sequences.lengths, BATCH_TOKENS):
+                parts = list(pool.map(lambda row: self._logprobs(sequences, row, ask.k), rows))
+                yield Batch(rows, as_scores(parts, ask))
+
+    def details(self) -> dict[str, JsonValue]:
+        """See ``Teacher``."""
+        return {"backend": "http", "served": self._served}
+
+    def close(self) -> None:
+        """See ``Teacher``."""
+        self._client.close()
+
+    def _logprobs(self, sequences: Sequences, row: int, k: int) -> Logprobs:
+        whole = sequences.whole(row).tolist()
+        body = {"model": self._model, "prompt": whole, "max_tokens": 1, "prompt_logprobs": k}
+        answer = self._send("POST", "/v1/completions", body, again_tokens=len(whole) + 1)
+        start = len(sequences.prompts[row])
+        return _columns(answer["choices"][0].get("prompt_logprobs"), whole, start, k)
+
+    def _send(
+        self,
+        method: str,
+        path: str,
+        body: Mapping[str, Any] | None = None,
+        again_tokens: int = 0,
+    ) -> Any:
+        """An answer's JSON; faults that may pass are tried again, and what that sends is counted.
+
+        Raises:
+            EngineError: the server refuses the request.
+            Unanswered: every try failed.
+        """
+        fault = ""
+        for turn in range(self._backend.retries + 1):
+            if turn:
+                time.sleep(min(_FIRST_WAIT_S * 2 ** (turn - 1), _LONGEST_WAIT_S))
+                self._budget.spend(again_tokens)
+            try:
+                answer = self._client.request(method, path, json=body)
+            except httpx.TransportError as error:
+                fault = str(error) or type(error).__name__
+                continue
+            if answer.is_success:
+                return answer.json()
+            fault = f"{answer.status_code} {answer.text[:300]}"
+            if answer.status_code not in _MAY_PASS:
+                raise EngineError(f"the teacher's server refuses: {fault}", where=self._place(path))
+        raise Unanswered(
+            f"the teacher's server does not answer: {fault}",
+            where=self._place(path),
+            remedy="see that it runs, then run the same command again",
+        )
+
+    def _place(self, path: str) -> str:
+        return f"{self._client.base_url}".rstrip("/") + path
+
+
+def _authorisation(backend: HttpBackend) -> dict[str, str]:
+    if backend.api_key_variable is None:
+        return {}
+    key = os.environ.get(backend.api_key_variable)
+    if not key:
+        raise ConfigError(
+            f"teacher.backend.api_key_variable: {backend.api_key_variable} is not set",
+            remedy="set it in the environment of the job",
+        )
+    return {"Authorization": f"Bearer {key}"}
+
+
+def _columns(
+    positions: list[dict[str, dict[str, Any]] | None] | None, whole: list[int], start: int, k: int
+) -> Logprobs:
+    """A server's log-probs of the tokens from ``start`` on: the token itself, then the likeliest.
+
+    Raises:
+        EngineError: a position is missing, or lacks its token.
+    """
+    if positions is None or len(positions) != len(whole):
+        got = 0 if positions is None else len(positions)
+        raise EngineError(
+            "the server gave no log-prob for a position", expected=len(whole), got=got
+        )
+    rows = []
+    for token, entries in zip(whole[start:], positions[start:], strict=True):
+        if entries is None or str(token) not in entries:
+            raise EngineError("the server's log-probs are not aligned with the tokens")
+        ranked = sorted(entries.items(), key=lambda item: item[1]["rank"])[:k]
+        rows.append(
+            [(token, entries[str(token)]["logprob"])] + [(int(i), e["logprob"]) for i, e in ranked]
+        )
+    if not rows:
+        return Logprobs(np.zeros((0, k + 1), np.int32), np.zeros((0, k + 1), np.float32))
+    if len({len(row) for row in rows}) > 1:
+        raise EngineError("the server gave fewer entries for a token than for another")
+    return Logprobs(
+        np.asarray([[i for i, _ in row] for row in rows], np.int32),
+        np.asarray([[value for _, value in row] for row in rows], np.float32),
+    )
