@@ -105,11 +105,13 @@ class HttpScorer:
             BudgetSpent: see ``Budget``.
             Unanswered: the server did not answer, try after try.
         """
-        self._budget.spend(int(sequences.lengths.sum()) + len(sequences.completions))
+        sent = sequences.num_tokens > 0
+        self._budget.spend(int((sequences.lengths[sent] + 1).sum()))
         with ThreadPoolExecutor(self._backend.concurrency) as pool:
             for rows in by_length(sequences.lengths, BATCH_TOKENS):
-                parts = list(pool.map(lambda row: self._logprobs(sequences, row, ask.k), rows))
-                yield Batch(rows, as_scores(parts, ask))
+                asked = [row for row in rows if sent[row]]
+                parts = list(pool.map(lambda row: self._logprobs(sequences, row, ask.k), asked))
+                yield Batch(rows, as_scores(sequences.num_tokens[rows], parts, ask))
 
     def details(self) -> dict[str, JsonValue]:
         """See ``Teacher``."""
@@ -197,8 +199,6 @@ def _columns(
         rows.append(
             [(token, entries[str(token)]["logprob"])] + [(int(i), e["logprob"]) for i, e in ranked]
         )
-    if not rows:
-        return Logprobs(np.zeros((0, k + 1), np.int32), np.zeros((0, k + 1), np.float32))
     if len({len(row) for row in rows}) > 1:
         raise EngineError("the server gave fewer entries for a token than for another")
     return Logprobs(

@@ -70,16 +70,17 @@ class VllmScorer:
                 remedy="raise max_model_len in teacher.backend.engine",
             )
         for rows in by_length(sequences.lengths, self._batch_tokens):
-            asked = [self._request(sequences, row, ask) for row in rows]
-            outputs = self._engine.generate([sequences.whole(row).tolist() for row in rows], asked)
+            sent = [row for row in rows if len(sequences.completions[row])]
+            asked = [self._request(sequences, row, ask) for row in sent]
+            outputs = self._engine.generate([sequences.whole(row).tolist() for row in sent], asked)
             parts = [
                 Logprobs.of(
                     o.prompt_logprobs, sequences.completions[row], len(sequences.prompts[row])
                 )
-                for row, o in zip(rows, outputs, strict=True)
+                for row, o in zip(sent, outputs, strict=True)
             ]
             gathered = [o.prompt_token_id_logprobs for o in outputs] if self._gathers_ids else []
-            yield Batch(rows, as_scores(parts, ask, gathered))
+            yield Batch(rows, as_scores(sequences.num_tokens[rows], parts, ask, gathered))
 
     def details(self) -> dict[str, JsonValue]:
         """See ``Teacher``."""
@@ -91,7 +92,7 @@ class VllmScorer:
 
     def _request(self, sequences: Sequences, row: int, ask: Ask) -> dict[str, Any]:
         request: dict[str, Any] = {"max_tokens": 1, "prompt_logprobs": ask.k, "detokenize": False}
-        if self._gathers_ids and len(sequences.completions[row]):
+        if self._gathers_ids:
             place = slice(int(sequences.offsets[row]), int(sequences.offsets[row + 1]))
             request["prompt_logprob_token_ids"] = sequences.recorded_TS[place]
             request["prompt_logprob_start"] = len(sequences.prompts[row]) - 1
@@ -99,7 +100,10 @@ class VllmScorer:
 
 
 def as_scores(
-    parts: Sequence[Logprobs], ask: Ask, gathered: Sequence[NDArray[np.float32] | None] = ()
+    num_tokens: NDArray[np.int64],
+    parts: Sequence[Logprobs],
+    ask: Ask,
+    gathered: Sequence[NDArray[np.float32]] = (),
 ) -> Scores:
     """Columns of what an engine gives: the sampled token and the likeliest, float32, unrounded.
 
@@ -107,22 +111,21 @@ def as_scores(
     whole distribution is at hand it is known to a millionth of mass, not to a share of itself.
 
     Args:
-        gathered: float32 [T, S] of each completion, log-probs of the recorded ids.
+        num_tokens: [N], tokens of each completion.
+        parts: log-probs of the completions that have tokens.
+        gathered: float32 [T, S] of each of those, log-probs of the recorded ids.
     """
-    offsets = np.concatenate([[0], np.cumsum([len(part.ids) for part in parts])]).astype(np.int64)
-    topk = student = None
-    if "topk" in ask.columns:
-        tops = [_kept(*part.topk(ask.k), ask) for part in parts]
-        topk = TopK(*(np.concatenate([getattr(t, n) for t in tops]) for n in TopK.__slots__))
+    nothing = Logprobs(np.zeros((0, ask.k + 1), np.int32), np.zeros((0, ask.k + 1), np.float32))
+    every = [*parts] or [nothing]
+    flat = Logprobs(*(np.concatenate([getattr(p, n) for p in every]) for n in Logprobs.__slots__))
+    student = None
     if "student_topk" in ask.columns:
-        here = [values for values in gathered if values is not None]
-        logprobs = np.concatenate(here).astype(np.float32)
-        student = StudentTopK(logprobs, _left(logprobs))
-    sampled = np.concatenate([part.sampled for part in parts])
+        logprobs = np.concatenate([*gathered] or [np.zeros((0, 0), np.float32)])
+        student = StudentTopK(logprobs.astype(np.float32), _left(logprobs))
     return Scores(
-        token_offsets=offsets,
-        sampled_logprobs=sampled if "sampled" in ask.columns else None,
-        topk=topk,
+        token_offsets=np.concatenate([[0], np.cumsum(num_tokens)]).astype(np.int64),
+        sampled_logprobs=flat.sampled if "sampled" in ask.columns else None,
+        topk=_kept(*flat.topk(ask.k), ask) if "topk" in ask.columns else None,
         student_topk=student,
     )
 
