@@ -1,24 +1,18 @@
 """Prompt sources, their rendering to token ids, and the schedule across rounds."""
 
 import hashlib
-import json
 import random
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
-from pathlib import Path
+from fractions import Fraction
+from itertools import count, islice
 from typing import Any, Literal, Protocol
 
 from .errors import PromptError
 from .identity import digest
-from .schemas.config import (
-    JsonlSource,
-    ParquetSource,
-    PromptsConfig,
-    PromptSource,
-    ReasoningGymSource,
-)
+from .prompt_rows import rows
+from .schemas.config import HuggingFaceSource, PromptsConfig, PromptSource, ReasoningGymSource
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,15 +83,14 @@ def load_prompts(source: PromptSource) -> PromptSet:
 
     Raises:
         PromptError: nothing there, a malformed row, or one id for two prompts; names the place.
+        NotInstalled: the source's library is not there.
     """
-    match source:
-        case JsonlSource():
-            listed = [_parse(row, place) for place, row in _jsonl(Path(source.path))]
-        case ParquetSource():
-            listed = [_parse(row, place) for place, row in _parquet(Path(source.path))]
-        case ReasoningGymSource():
-            listed = _reasoning_gym(source)
-    where = getattr(source, "path", source.type)
+    where: str = source.type
+    if isinstance(source, ReasoningGymSource):
+        listed = _reasoning_gym(source)
+    else:
+        listed = [_parse(row, place, source.task) for place, row in rows(source)]
+        where = source.dataset if isinstance(source, HuggingFaceSource) else source.path
     if not listed:
         raise PromptError("no prompts", where=where, remedy="give at least one row")
     distinct: dict[str, Prompt] = {}
@@ -113,38 +106,7 @@ def load_prompts(source: PromptSource) -> PromptSet:
     return PromptSet(list(distinct.values()), {"copy of another prompt": copies} if copies else {})
 
 
-def _jsonl(path: Path) -> Iterator[tuple[str, Any]]:
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not UTF-8"
-        raise PromptError(f"prompt file cannot be read: {reason}", where=path) from error
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            yield f"{path}:{number}", json.loads(line)
-        except ValueError as error:
-            raise PromptError(
-                f"not JSON: {error}", where=f"{path}:{number}", remedy="one JSON object a line"
-            ) from error
-
-
-def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        rows = pq.read_table(path).to_pylist()
-    except (OSError, pa.ArrowException) as error:
-        raise PromptError(f"not a readable Parquet file: {error}", where=path) from error
-    for number, row in enumerate(rows):
-        yield f"{path} row {number}", row
-
-
-def _parse(row: Any, place: str) -> Prompt:
-    if not isinstance(row, dict):
-        raise PromptError("a row is an object", where=place, got=type(row).__name__)
+def _parse(row: dict[str, Any], place: str, task: str | None) -> Prompt:
     text, messages = row.get("prompt"), row.get("messages")
     if (text is None) == (messages is None):
         raise PromptError("a row has either 'prompt' or 'messages'", where=place)
@@ -160,7 +122,7 @@ def _parse(row: Any, place: str) -> Prompt:
     try:
         return _prompt(
             chat,
-            task=str(row.get("task") or "default"),
+            task=str(row.get("task") or task or "default"),
             answer=None if answer is None else str(answer),
             prompt_id=row.get("id"),
         )
@@ -238,26 +200,102 @@ def scheduled(
 ) -> list[Prompt]:
     """Prompts of a round: the next ``per_round`` of an endless walk through the set.
 
-    A shuffled walk takes a new order each time through; both are decided by the seed alone, so any
-    round's prompts can be named without running the ones before.
+    With ``shares``, each task has a walk of its own, and its part of ``per_round``. A shuffled walk
+    takes a new order each time through; all are decided by the seed alone, so any round's prompts
+    can be named without running the ones before.
+
+    Raises:
+        PromptError: a task with a share has no prompts, or its share is too small for any.
     """
-    start = round_index * config.per_round
-    first_epoch, offset = divmod(start, len(prompts))
-    walk = (p for epoch in _epochs(first_epoch) for p in _order(prompts, config, seed, epoch))
-    return list(islice(walk, offset, offset + config.per_round))
+    return [
+        prompt
+        for walk in _walks(prompts, config)
+        for prompt in walk.of_round(config, seed, round_index)
+    ]
 
 
-def _epochs(first: int) -> Iterator[int]:
-    while True:
-        yield first
-        first += 1
+def check_schedule(prompts: Sequence[Prompt], config: PromptsConfig, num_rounds: int) -> None:
+    """Refuse a run whose rounds walk through the prompts more often than ``max_epochs``.
+
+    Raises:
+        PromptError: they do; or what ``scheduled`` raises.
+    """
+    if config.max_epochs is None:
+        return
+    for walk in _walks(prompts, config):
+        asked, most = num_rounds * walk.per_round, config.max_epochs * len(walk.prompts)
+        if asked > most:
+            raise PromptError(
+                f"{num_rounds} rounds walk through {walk.what} more than max_epochs times",
+                where="prompts.max_epochs",
+                expected=f"{most} prompts at most",
+                got=asked,
+                remedy="lower rounds or per_round, raise max_epochs, or give more prompts",
+            )
 
 
-def _order(prompts: Sequence[Prompt], config: PromptsConfig, seed: int, epoch: int) -> list[Prompt]:
-    if config.order == "listed":
-        return list(prompts)
-    salt = hashlib.sha256(f"prompt order {seed} {epoch}".encode()).digest()
-    return random.Random(salt).sample(list(prompts), len(prompts))
+@dataclass(frozen=True, slots=True)
+class _Walk:
+    """An endless walk through the set, or through one task of it."""
+
+    prompts: Sequence[Prompt]
+    per_round: int
+    task: str | None = None
+
+    @property
+    def what(self) -> str:
+        return "the set" if self.task is None else f"task {self.task!r}"
+
+    def of_round(self, config: PromptsConfig, seed: int, round_index: int) -> list[Prompt]:
+        first_epoch, offset = divmod(round_index * self.per_round, len(self.prompts))
+        walk = (p for epoch in count(first_epoch) for p in self._order(config, seed, epoch))
+        return list(islice(walk, offset, offset + self.per_round))
+
+    def _order(self, config: PromptsConfig, seed: int, epoch: int) -> list[Prompt]:
+        if config.order == "listed":
+            return list(self.prompts)
+        words = ["prompt order", seed, epoch, *([] if self.task is None else [self.task])]
+        salt = hashlib.sha256(" ".join(map(str, words)).encode()).digest()
+        return random.Random(salt).sample(list(self.prompts), len(self.prompts))
+
+
+def _walks(prompts: Sequence[Prompt], config: PromptsConfig) -> list[_Walk]:
+    if not config.shares:
+        return [_Walk(prompts, config.per_round)]
+    walks = [
+        _Walk([p for p in prompts if p.task == task], per_round, task)
+        for task, per_round in apportioned(config.per_round, config.shares).items()
+    ]
+    for walk in walks:
+        if not walk.prompts:
+            raise PromptError(
+                f"no prompt of task {walk.task!r} is left to train on",
+                where="prompts.shares",
+                remedy="take the task out, or give more prompts",
+            )
+        if not walk.per_round:
+            raise PromptError(
+                f"the share of task {walk.task!r} is no prompt a round",
+                where="prompts.shares",
+                remedy="raise it, or prompts.per_round, or take the task out",
+            )
+    return walks
+
+
+def apportioned(total: int, weights: Mapping[str, float]) -> dict[str, int]:
+    """A total in whole parts, in proportion to weights, by the largest remainder.
+
+    Parts come by name, and the first name has the seat where remainders are equal: the order in
+    which weights are written means nothing.
+    """
+    exact = {name: Fraction(str(weight)) for name, weight in sorted(weights.items())}
+    whole = sum(exact.values())
+    quotas = {name: total * weight / whole for name, weight in exact.items()}
+    parts = {name: int(quota) for name, quota in quotas.items()}
+    by_remainder = sorted(parts, key=lambda name: parts[name] - quotas[name])
+    for name in by_remainder[: total - sum(parts.values())]:
+        parts[name] += 1
+    return parts
 
 
 def requests(prompts: Sequence[RenderedPrompt], samples_per_prompt: int) -> list[Request]:

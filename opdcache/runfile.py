@@ -9,7 +9,14 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from .errors import ConfigError
-from .schemas.config import PromptSource, ReasoningGymSource, RunConfig
+from .schemas.config import (
+    HuggingFaceSource,
+    JsonlSource,
+    ParquetSource,
+    PromptSource,
+    ReasoningGymSource,
+    RunConfig,
+)
 from .schemas.teachers import STUDENT, HttpBackend, TeacherConfig
 
 
@@ -108,9 +115,13 @@ def _absolute(config: RunConfig, path: Path) -> RunConfig:
         return value.model_copy(update={"model": model(value.model)})
 
     def source(value: PromptSource) -> PromptSource:
-        if isinstance(value, ReasoningGymSource):
-            return value
-        return value.model_copy(update={"path": local(value.path)})
+        match value:
+            case JsonlSource() | ParquetSource():
+                return value.model_copy(update={"path": local(value.path)})
+            case HuggingFaceSource():
+                return value.model_copy(update={"dataset": model(value.dataset)})
+            case ReasoningGymSource():
+                return value
 
     update: dict[str, Any] = {
         "cache": local(config.cache),
@@ -121,7 +132,7 @@ def _absolute(config: RunConfig, path: Path) -> RunConfig:
         "references": {name: teacher(scorer) for name, scorer in config.references.items()},
         "prompts": config.prompts.model_copy(update={"source": source(config.prompts.source)}),
     }
-    if config.evaluation is not None:
+    if config.evaluation is not None and config.evaluation.source is not None:
         held_out = {"source": source(config.evaluation.source)}
         update["evaluation"] = config.evaluation.model_copy(update=held_out)
     return config.model_copy(update=update)

@@ -11,7 +11,32 @@ from .manifests import Sampling
 from .teachers import STUDENT, Dtype, HttpBackend, ModelRef, TeacherConfig
 
 
-class JsonlSource(Model):
+class Columns(Model):
+    """Which of a source's columns hold what is ours; one that is not named has our name for it."""
+
+    prompt: str | None = Field(
+        None, description="column of the text; when it is named, a messages column is not read"
+    )
+    messages: str | None = Field(
+        None,
+        description="column of the chat, a list of role and content; when it is named, a prompt "
+        "column is not read",
+    )
+    id: str | None = Field(None, description="column of the prompt's id")
+    task: str | None = Field(None, description="column of the task's name")
+    answer: str | None = Field(None, description="column of the reference answer")
+
+
+class RowSource(Model):
+    """What sources of rows share."""
+
+    columns: Columns = Field(Columns(), description="our names for the source's columns")
+    task: str | None = Field(
+        None, min_length=1, description="task of the rows that name none; 'default' without it"
+    )
+
+
+class JsonlSource(RowSource):
     """Prompts from a JSON Lines file."""
 
     type: Literal["jsonl"] = Field(description="kind of source")
@@ -21,11 +46,25 @@ class JsonlSource(Model):
     )
 
 
-class ParquetSource(Model):
+class ParquetSource(RowSource):
     """Prompts from a Parquet file."""
 
     type: Literal["parquet"] = Field(description="kind of source")
     path: str = Field(description="file with the columns that a JSONL source's objects have")
+
+
+class HuggingFaceSource(RowSource):
+    """Prompts from a dataset in Hugging Face format, with the columns of a JSONL source."""
+
+    type: Literal["huggingface"] = Field(description="kind of source")
+    dataset: str = Field(
+        description="folder that save_to_disk wrote (relative to the run file) or hub id"
+    )
+    name: str | None = Field(None, description="configuration; not used for a folder")
+    split: str | None = Field(
+        None, description="split; train, or all of a folder that has no splits, by default"
+    )
+    revision: str | None = Field(None, description="hub revision; not used for a folder")
 
 
 class ReasoningGymSource(Model):
@@ -39,8 +78,21 @@ class ReasoningGymSource(Model):
 
 
 PromptSource = Annotated[
-    JsonlSource | ParquetSource | ReasoningGymSource, Field(discriminator="type")
+    JsonlSource | ParquetSource | HuggingFaceSource | ReasoningGymSource,
+    Field(discriminator="type"),
 ]
+
+
+class NearDuplicates(Model):
+    """Which training prompts are too like an evaluation prompt."""
+
+    threshold: float = Field(
+        0.8,
+        ge=0.2,
+        le=1,
+        description="Jaccard similarity of the two texts' shingles, of 3 words each, from which "
+        "a prompt is a near copy",
+    )
 
 
 class PromptsConfig(Model):
@@ -56,6 +108,29 @@ class PromptsConfig(Model):
         "shuffled",
         description="the schedule walks through the prompt set, round after round; shuffled: in "
         "a new seeded order each time through",
+    )
+    shares: dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]] = Field(
+        {},
+        description="weight of each task: a round's prompts are split in proportion, and every "
+        "task is walked through on its own; a task that is not named is left out, counted; "
+        "empty: one walk through all",
+    )
+    max_epochs: int | None = Field(
+        None,
+        ge=1,
+        description="a run whose rounds would walk more often through the set, or through a task "
+        "that has a share, is refused",
+    )
+    held_out_share: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="share of the source that is never trained on, told by a hash of the text "
+        "alone: the same in every run",
+    )
+    near_duplicates: NearDuplicates | None = Field(
+        None,
+        description="leave out training prompts that are nearly an evaluation prompt, counted",
     )
     max_prompt_tokens: int = Field(1024, ge=1, description="longer prompts are left out, counted")
 
@@ -141,8 +216,14 @@ class TrainConfig(Model):
 class EvaluationConfig(Model):
     """Held-out evaluation of every round's student."""
 
-    source: PromptSource = Field(description="held-out prompts; never trained on")
-    num_prompts: int = Field(64, ge=1, description="prompts taken, in the order listed")
+    source: PromptSource | None = Field(
+        None,
+        description="held-out prompts; never trained on; without it, those that "
+        "prompts.held_out_share holds out",
+    )
+    num_prompts: int = Field(
+        64, ge=1, description="prompts taken, in the order listed, or in the order of their hash"
+    )
     samples_per_prompt: int = Field(1, ge=1, description="completions a prompt")
     sampling: Sampling = Field(Sampling(), description="how completions are drawn")
 
@@ -171,6 +252,20 @@ class RunConfig(Model):
     score: ScoreConfig = Field(ScoreConfig(), description="score stage")
     train: TrainConfig = Field(TrainConfig(), description="train stage")
     evaluation: EvaluationConfig | None = Field(None, description="held-out evaluation")
+
+    @model_validator(mode="after")
+    def _held_out_prompts_come_from_somewhere(self) -> Self:
+        splits, evaluation = self.prompts.held_out_share > 0, self.evaluation
+        if evaluation is not None and evaluation.source is None and not splits:
+            raise ValueError(
+                "evaluation: no prompts; give evaluation.source, or prompts.held_out_share"
+            )
+        if self.prompts.near_duplicates and evaluation is None and not splits:
+            raise ValueError(
+                "prompts.near_duplicates: no evaluation prompts to compare with; give evaluation, "
+                "or prompts.held_out_share"
+            )
+        return self
 
     @model_validator(mode="after")
     def _masters_are_float32(self) -> Self:

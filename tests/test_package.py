@@ -104,7 +104,7 @@ def test_zarr_and_obstore_are_each_imported_somewhere() -> None:
 
 def test_parquet_is_read_and_written_in_the_store_and_where_tables_come_in_and_go_out() -> None:
     doors = {"opdcache.store.rollouts", "opdcache.store.index"}
-    assert importers("pyarrow.parquet") == {*doors, "opdcache.prompts", "opdcache.export"}
+    assert importers("pyarrow.parquet") == {*doors, "opdcache.prompt_rows", "opdcache.export"}
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -132,7 +132,14 @@ def test_the_contract_imports_nothing_outside_itself() -> None:
     ("layer", "above"),
     [
         (
-            ("opdcache.errors", "opdcache.identity", "opdcache.prompts"),
+            (
+                "opdcache.errors",
+                "opdcache.identity",
+                "opdcache.near_copies",
+                "opdcache.prompt_rows",
+                "opdcache.prompts",
+                "opdcache.run_prompts",
+            ),
             ("store", "rollout", "score", "train", "stage", "runfolder", "rounds", "cli", "jobs"),
         ),
         (

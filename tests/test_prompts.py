@@ -1,7 +1,11 @@
 """Prompt sources, their faults by place, the schedule across rounds, rendering."""
 
+import hashlib
 import json
+import random
+import sys
 from collections import Counter
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +15,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from opdcache.errors import PromptError
+from opdcache.errors import NotInstalled, PromptError
 from opdcache.prompts import (
     Prompt,
     PromptSet,
     RenderedPrompt,
+    apportioned,
+    check_schedule,
     load_prompts,
     render,
     requests,
     scheduled,
 )
 from opdcache.schemas.config import (
+    HuggingFaceSource,
     JsonlSource,
     ParquetSource,
     PromptsConfig,
@@ -52,18 +59,32 @@ class WordTokenizer:
         ]
 
 
-def jsonl(folder: Path, *rows: object) -> PromptSet:
+def jsonl(folder: Path, *rows: object, **how: object) -> PromptSet:
     """Prompts of a file whose lines are the rows: text as it is, anything else as JSON."""
     file = folder / "prompts.jsonl"
     lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
     file.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-    return load_prompts(JsonlSource(type="jsonl", path=str(file)))
+    return load_prompts(JsonlSource.model_validate({"type": "jsonl", "path": str(file), **how}))
 
 
-def parquet(folder: Path, rows: list[dict[str, object]]) -> PromptSet:
+def parquet(folder: Path, rows: list[dict[str, object]], **how: object) -> PromptSet:
     file = folder / "prompts.parquet"
     pq.write_table(pa.Table.from_pylist(rows), file)
-    return load_prompts(ParquetSource(type="parquet", path=str(file)))
+    source = {"type": "parquet", "path": str(file), **how}
+    return load_prompts(ParquetSource.model_validate(source))
+
+
+def huggingface(dataset: object, **how: object) -> PromptSet:
+    source = {"type": "huggingface", "dataset": str(dataset), **how}
+    return load_prompts(HuggingFaceSource.model_validate(source))
+
+
+def saved(folder: Path, rows: list[dict[str, object]], **how: object) -> PromptSet:
+    """Prompts of a dataset that was saved to a folder."""
+    from datasets import Dataset
+
+    Dataset.from_list(rows).save_to_disk(folder / "saved")
+    return huggingface(folder / "saved", **how)
 
 
 def config(**changes: object) -> PromptsConfig:
@@ -101,6 +122,173 @@ def test_a_parquet_source_gives_the_same_prompts_as_a_jsonl_one(tmp_path: Path) 
     ]
 
     assert parquet(tmp_path, rows) == jsonl(tmp_path, *rows)
+
+
+def jsonl_rows(folder: Path, rows: list[dict[str, object]], **how: object) -> PromptSet:
+    return jsonl(folder, *rows, **how)
+
+
+ROW_SOURCES = pytest.mark.parametrize("load", [jsonl_rows, parquet, saved])
+
+
+@ROW_SOURCES
+def test_a_source_s_columns_are_read_by_the_names_that_it_gives_them(
+    tmp_path: Path, load: Any
+) -> None:
+    rows = [{"question": "2+2?", "solution": 4, "kind": "sums", "key": 7}]
+    columns = {"prompt": "question", "answer": "solution", "task": "kind", "id": "key"}
+
+    (loaded,) = load(tmp_path, rows, columns=columns).prompts
+
+    assert (loaded.messages, loaded.answer) == ((("user", "2+2?"),), "4")
+    assert (loaded.task, loaded.prompt_id) == ("sums", "7")
+
+
+@ROW_SOURCES
+def test_a_chat_is_read_by_the_name_that_its_column_has(tmp_path: Path, load: Any) -> None:
+    chat = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]
+
+    (loaded,) = load(tmp_path, [{"turns": chat}], columns={"messages": "turns"}).prompts
+
+    assert loaded.messages == (("system", "s"), ("user", "u"))
+
+
+@ROW_SOURCES
+def test_a_text_that_is_named_leaves_out_the_other_kind(tmp_path: Path, load: Any) -> None:
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "the completion"}]
+    rows: list[dict[str, object]] = [{"prompt": "a", "messages": chat}]
+
+    (loaded,) = load(tmp_path, rows, columns={"prompt": "prompt"}).prompts
+
+    assert loaded.messages == (("user", "a"),)
+
+
+@ROW_SOURCES
+def test_two_of_our_names_may_be_one_column(tmp_path: Path, load: Any) -> None:
+    (loaded,) = load(tmp_path, [{"q": "a"}], columns={"prompt": "q", "id": "q"}).prompts
+
+    assert (loaded.prompt_id, loaded.messages) == ("a", (("user", "a"),))
+
+
+@ROW_SOURCES
+def test_a_named_column_that_is_not_there_is_an_error_with_those_that_are(
+    tmp_path: Path, load: Any
+) -> None:
+    with pytest.raises(PromptError, match=r"no column 'solution' \(got columns question, answer\)"):
+        load(
+            tmp_path,
+            [{"question": "a", "answer": "1"}],
+            columns={"prompt": "question", "answer": "solution"},
+        )
+
+
+@ROW_SOURCES
+def test_a_source_without_a_text_is_an_error_with_its_columns(tmp_path: Path, load: Any) -> None:
+    with pytest.raises(
+        PromptError, match=r"no column 'prompt' or 'messages' \(got columns question\).*'columns'"
+    ):
+        load(tmp_path, [{"question": "a"}])
+
+
+def test_a_named_column_that_one_row_lacks_is_named_by_line(tmp_path: Path) -> None:
+    rows = [{"prompt": "a", "key": 1}, {"prompt": "b"}]
+
+    with pytest.raises(PromptError, match=r"prompts\.jsonl:2: no column 'key'"):
+        jsonl(tmp_path, *rows, columns={"id": "key"})
+
+
+@ROW_SOURCES
+def test_a_source_s_task_is_that_of_the_rows_that_name_none(tmp_path: Path, load: Any) -> None:
+    rows = [{"prompt": "a", "task": None}, {"prompt": "b", "task": "own"}]
+
+    loaded = load(tmp_path, rows, task="ours").prompts
+
+    assert [p.task for p in loaded] == ["ours", "own"]
+
+
+def test_a_saved_dataset_gives_the_same_prompts_as_a_jsonl_file(tmp_path: Path) -> None:
+    rows: list[dict[str, object]] = [
+        {"id": "a", "prompt": "one", "answer": "1", "messages": None},
+        {"id": "b", "prompt": None, "messages": [{"role": "user", "content": "two"}]},
+    ]
+
+    assert saved(tmp_path, rows) == jsonl(tmp_path, *rows)
+
+
+@pytest.fixture
+def splits(tmp_path: Path) -> Path:
+    """A saved dataset of two splits."""
+    from datasets import Dataset, DatasetDict
+
+    named = {name: Dataset.from_list([{"prompt": f"of {name}"}]) for name in ("train", "test")}
+    DatasetDict(named).save_to_disk(tmp_path / "splits")
+    return tmp_path / "splits"
+
+
+@pytest.mark.parametrize(("split", "taken"), [(None, "train"), ("test", "test")])
+def test_a_saved_dataset_of_splits_gives_the_one_asked_for(
+    splits: Path, split: str | None, taken: str
+) -> None:
+    assert huggingface(splits, split=split).prompts[0].messages == (("user", f"of {taken}"),)
+
+
+def test_a_split_that_is_not_there_is_an_error_with_those_that_are(splits: Path) -> None:
+    with pytest.raises(PromptError, match=r"splits: no split 'tset' \(expected one of train, test"):
+        huggingface(splits, split="tset")
+
+
+def test_a_split_of_a_saved_dataset_that_has_none_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(PromptError, match="no split 'test': the folder holds one dataset"):
+        saved(tmp_path, [{"prompt": "a"}], split="test")
+
+
+def test_a_folder_that_holds_no_dataset_is_a_prompt_error(tmp_path: Path) -> None:
+    with pytest.raises(PromptError, match="not a dataset that can be loaded"):
+        huggingface(tmp_path)
+
+
+def test_a_hub_s_dataset_is_asked_for_by_name_split_and_revision(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import datasets
+
+    asked = []
+
+    def load_dataset(*arguments: object, **named: object) -> datasets.Dataset:
+        asked.append((arguments, named))
+        return datasets.Dataset.from_list([{"prompt": "a"}])
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    huggingface("them/theirs")
+    huggingface("them/theirs", name="main", split="test", revision="abc")
+
+    assert asked == [
+        (("them/theirs", None), {"split": "train", "revision": None}),
+        (("them/theirs", "main"), {"split": "test", "revision": "abc"}),
+    ]
+
+
+@pytest.mark.parametrize("fault", [ConnectionError, ValueError])
+def test_what_the_hub_refuses_is_a_prompt_error_that_names_the_dataset(
+    monkeypatch: pytest.MonkeyPatch, fault: type[Exception]
+) -> None:
+    import datasets
+
+    def load_dataset(*_: object, **__: object) -> None:
+        raise fault("Unknown split 'tset'.\nShould be one of ['train']")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(PromptError, match=r"^them/theirs: .*one of \['train'\]"):
+        huggingface("them/theirs", split="tset")
+
+
+def test_a_hugging_face_source_without_the_library_says_how_to_get_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+
+    with pytest.raises(NotInstalled, match="datasets is not installed; pip install datasets"):
+        huggingface("them/theirs")
 
 
 def test_a_reasoning_gym_source_is_decided_by_its_seed() -> None:
@@ -299,6 +487,120 @@ def test_a_listed_walk_keeps_the_order_of_the_source() -> None:
     ]
 
     assert walked == [["a", "b", "c"], ["d", "e", "a"], ["b", "c", "d"], ["e", "a", "b"]]
+
+
+def tasks(**sizes: int) -> list[Prompt]:
+    return [prompt(f"{task} {i}", task=task) for task, size in sizes.items() for i in range(size)]
+
+
+def test_the_order_of_a_walk_is_that_of_runs_under_way() -> None:
+    prompts = [prompt(str(i)) for i in range(9)]
+    seeded = random.Random(hashlib.sha256(b"prompt order 5 2").digest())
+
+    walked = scheduled(prompts, config(per_round=3), 5, 7)  # the second three of the third pass
+
+    assert walked == seeded.sample(prompts, 9)[3:6]
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.integers(0, 200),
+    st.dictionaries(st.text(max_size=2), st.floats(1e-3, 1e3), min_size=1, max_size=6),
+)
+def test_a_total_is_split_to_within_one_of_each_exact_part(
+    total: int, weights: dict[str, float]
+) -> None:
+    parts = apportioned(total, weights)
+
+    whole = sum(Fraction(weight) for weight in weights.values())
+    assert sum(parts.values()) == total
+    assert parts.keys() == weights.keys()
+    for name, weight in weights.items():
+        assert abs(parts[name] - total * Fraction(weight) / whole) < 1 + Fraction(1, 10**9)
+        assert all(parts[name] >= parts[o] for o, other in weights.items() if other < weight)
+
+
+def test_the_largest_remainders_get_what_is_left() -> None:
+    # 10 seats in proportion to 41 : 34 : 25 are 4.1, 3.4 and 2.5
+    assert apportioned(10, {"a": 4.1, "b": 3.4, "c": 2.5}) == {"a": 4, "b": 3, "c": 3}
+
+
+def test_equal_remainders_go_by_name_in_whatever_order_weights_are_written() -> None:
+    expected = {"a": 2, "b": 2, "c": 1}
+
+    assert apportioned(5, {"a": 0.1, "b": 0.1, "c": 0.1}) == expected
+    assert apportioned(5, {"c": 0.1, "b": 0.1, "a": 0.1}) == expected
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(1, 9), st.integers(1, 9), st.integers(2, 20), st.integers(0, 6))
+def test_each_task_with_a_share_is_walked_through_on_its_own(
+    maths: int, code: int, per_round: int, rounds: int
+) -> None:
+    prompts, asked = tasks(maths=maths, code=code), {"maths": 1, "code": 1}
+    walked = [
+        p
+        for index in range(rounds)
+        for p in scheduled(prompts, config(per_round=per_round, shares=asked), 0, index)
+    ]
+
+    assert len(walked) == rounds * per_round
+    for task, size in (("maths", maths), ("code", code)):
+        ours = [p.prompt_id for p in walked if p.task == task]
+        for start in range(0, len(ours), size):
+            whole = ours[start : start + size]
+            assert len(set(whole)) == len(whole)
+
+
+def test_every_round_has_each_task_s_share() -> None:
+    settings_ = config(per_round=8, shares={"code": 1, "maths": 3})
+
+    for index in range(5):
+        chosen = scheduled(tasks(maths=7, code=3, other=5), settings_, 0, index)
+        assert Counter(p.task for p in chosen) == {"maths": 6, "code": 2}
+
+
+def test_tasks_have_orders_of_their_own() -> None:
+    asked = config(per_round=40, shares={"a": 1, "b": 1})
+
+    chosen = names(scheduled(tasks(a=20, b=20), asked, 0, 0))
+
+    assert [n[2:] for n in chosen if n[0] == "a"] != [n[2:] for n in chosen if n[0] == "b"]
+
+
+def test_a_task_s_walk_does_not_depend_on_the_other_tasks() -> None:
+    asked = config(per_round=10, shares={"a": 1, "b": 1})
+
+    one, other = (names(scheduled(tasks(a=20, b=n), asked, 0, 1)) for n in (3, 30))
+
+    assert one[:5] == other[:5]
+    assert one[5:] != other[5:]
+
+
+def test_a_share_too_small_for_a_prompt_is_refused() -> None:
+    asked = config(per_round=4, shares={"a": 100, "b": 1})
+
+    with pytest.raises(PromptError, match="the share of task 'b' is no prompt a round"):
+        scheduled(tasks(a=9, b=9), asked, 0, 0)
+
+
+def test_rounds_that_walk_through_the_set_max_epochs_times_are_accepted() -> None:
+    check_schedule(tasks(a=8), config(per_round=4, max_epochs=3), num_rounds=6)
+
+
+def test_rounds_that_walk_through_the_set_more_often_are_refused() -> None:
+    with pytest.raises(
+        PromptError, match=r"7 rounds walk .* the set more .*expected 24 prompts at most, got 28"
+    ):
+        check_schedule(tasks(a=8), config(per_round=4, max_epochs=3), num_rounds=7)
+
+
+def test_rounds_that_walk_through_one_task_more_often_are_refused() -> None:
+    asked = config(per_round=4, max_epochs=1, shares={"a": 1, "b": 1})
+
+    check_schedule(tasks(a=8, b=4), asked, num_rounds=2)
+    with pytest.raises(PromptError, match="walk through task 'b' more than max_epochs times"):
+        check_schedule(tasks(a=8, b=4), asked, num_rounds=3)
 
 
 def test_each_prompt_gets_samples_numbered_from_0() -> None:

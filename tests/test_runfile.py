@@ -10,7 +10,12 @@ import yaml
 
 from opdcache.errors import ConfigError
 from opdcache.runfile import load_run
-from opdcache.schemas.config import JsonlSource, ReasoningGymSource, RunConfig
+from opdcache.schemas.config import (
+    HuggingFaceSource,
+    JsonlSource,
+    ReasoningGymSource,
+    RunConfig,
+)
 from opdcache.schemas.losses import (
     CELLS,
     Direction,
@@ -118,9 +123,9 @@ def test_an_unknown_key_of_a_prompt_source_is_matched_within_its_kind(tmp_path: 
 
 
 def test_a_prompt_source_does_not_offer_the_keys_of_another_kind(tmp_path: Path) -> None:
-    said = fault(run_file(tmp_path, {"prompts.source.datase": 1}))
+    said = fault(run_file(tmp_path, {"prompts.source.sise": 1}))
 
-    assert said.endswith("known keys: path, type")
+    assert said.endswith("known keys: columns, path, task, type")
 
 
 def test_an_unknown_key_of_the_evaluation_s_source_gets_its_near_match(tmp_path: Path) -> None:
@@ -282,6 +287,65 @@ def test_a_generated_prompt_source_has_no_path(tmp_path: Path) -> None:
     loaded = load(tmp_path, {"prompts.source": source}).prompts.source
 
     assert loaded == ReasoningGymSource.model_validate(source)
+
+
+@pytest.mark.parametrize(
+    ("asked", "found"),
+    [("data/own", "data/own"), ("./new", "new"), ("them/theirs", None), ("/data/own", "/data/own")],
+)
+def test_a_dataset_is_a_folder_of_the_run_file_s_or_a_hub_id(
+    tmp_path: Path, asked: str, found: str | None
+) -> None:
+    (tmp_path / "data" / "own").mkdir(parents=True)
+
+    source = load(
+        tmp_path, {"prompts.source": {"type": "huggingface", "dataset": asked}}
+    ).prompts.source
+
+    assert isinstance(source, HuggingFaceSource)
+    assert source.dataset == ("them/theirs" if found is None else str(tmp_path / found))
+
+
+def test_a_column_that_is_none_of_ours_is_refused_with_the_near_match(tmp_path: Path) -> None:
+    said = fault(run_file(tmp_path, {"prompts.source.columns": {"promt": "question"}}))
+
+    assert "did you mean 'prompt'?" in said
+
+
+def test_an_evaluation_without_prompts_is_refused(tmp_path: Path) -> None:
+    said = fault(run_file(tmp_path, {"evaluation": {"num_prompts": 4}}))
+
+    assert "give evaluation.source, or prompts.held_out_share" in said
+
+
+def test_an_evaluation_may_take_what_the_hash_holds_out(tmp_path: Path) -> None:
+    changes = {"evaluation": {"num_prompts": 4}, "prompts.held_out_share": 0.1}
+
+    config = load(tmp_path, changes)
+
+    assert config.evaluation is not None
+    assert config.evaluation.source is None
+
+
+def test_near_copies_of_no_evaluation_are_refused(tmp_path: Path) -> None:
+    said = fault(run_file(tmp_path, {"prompts.near_duplicates": {"threshold": 0.8}}))
+
+    assert "no evaluation prompts to compare with" in said
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        ("prompts.shares.maths", 0),
+        ("prompts.shares.maths", float("inf")),
+        ("prompts.max_epochs", 0),
+        ("prompts.held_out_share", 1),
+        ("prompts.near_duplicates.threshold", 0.1),
+        ("prompts.source.task", ""),
+    ],
+)
+def test_a_prompt_setting_out_of_range_is_named(tmp_path: Path, place: str, value: object) -> None:
+    assert place.rsplit(".", 1)[-1] in fault(run_file(tmp_path, {place: value}))
 
 
 def test_a_number_that_yaml_takes_for_text_is_a_number(tmp_path: Path) -> None:

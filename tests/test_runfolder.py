@@ -141,6 +141,25 @@ def test_prompts_that_are_too_long_are_left_out_and_counted_held_out_ones_too(
         )
 
 
+def test_an_evaluation_without_a_source_samples_what_the_hash_holds_out(
+    base: dict[str, object], tmp_path: Path
+) -> None:
+    write_prompts(tmp_path / "prompts.jsonl", *({"prompt": str(i)} for i in range(40)))
+    prompts = base["prompts"]
+    assert isinstance(prompts, dict)
+    plan = planned(
+        base | {"prompts": prompts | {"held_out_share": 0.5, "per_round": 40}, "evaluation": {}}
+    )
+    trained, held_out = (
+        {r.rendered.prompt.messages for task in plan.parts[kind].tasks for r in task.requests}
+        for kind in (RolloutRound, HeldOutRound)
+    )
+    assert trained
+    assert held_out
+    assert len(trained | held_out) == 40
+    assert trained & held_out == set()
+
+
 def test_the_last_student_samples_held_out_prompts_alone(
     base: dict[str, object], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

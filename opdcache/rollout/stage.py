@@ -14,16 +14,9 @@ from pydantic import JsonValue
 
 from ..errors import PromptError
 from ..identity import content_hash, derived_seed, digest, key_of, model_fingerprint
-from ..prompts import (
-    PromptSet,
-    Request,
-    Tokenizer,
-    load_prompts,
-    render,
-    requests,
-    scheduled,
-)
+from ..prompts import PromptSet, Request, Tokenizer, render, requests
 from ..resolve import load_tokenizer
+from ..run_prompts import RunPrompts
 from ..runfolder import RunContext, stage_files
 from ..schemas.config import PromptsConfig
 from ..schemas.manifests import RolloutIdentity, RolloutManifest, Sampling
@@ -161,41 +154,16 @@ def plan_round(context: RunContext, round_index: int) -> RolloutPlan:
         policy = _Policy(fingerprint, tokenizer.eos_token_id, sampling)
         return Part(tuple(_task(context, policy, b, seeded_round) for b in batches), dropped)
 
-    held_out = _held_out(context)
+    chosen = RunPrompts(config)
     parts: dict[type[RolloutRound] | type[HeldOutRound], Part] = {}
     if round_index < config.rounds:
-        prompts = _training_prompts(context, round_index, held_out)
-        asked = config.rollout
+        asked, prompts = config.rollout, chosen.of_round(round_index)
         parts[RolloutRound] = part(prompts, asked.samples_per_prompt, asked.sampling, round_index)
     if evaluation is not None:
         parts[HeldOutRound] = part(
-            held_out, evaluation.samples_per_prompt, evaluation.sampling, _EVALUATION_ROUND
+            chosen.held_out, evaluation.samples_per_prompt, evaluation.sampling, _EVALUATION_ROUND
         )
     return RolloutPlan(student, fingerprint, parts)
-
-
-def _held_out(context: RunContext) -> PromptSet:
-    evaluation = context.config.evaluation
-    if evaluation is None:
-        return PromptSet([], {})
-    listed = load_prompts(evaluation.source)
-    return PromptSet(listed.prompts[: evaluation.num_prompts], listed.dropped)
-
-
-def _training_prompts(context: RunContext, round_index: int, held_out: PromptSet) -> PromptSet:
-    """The round's prompts by the schedule, which walks through those that are not held out."""
-    source = load_prompts(context.config.prompts.source)
-    contents = {prompt.content for prompt in held_out.prompts}
-    kept = [prompt for prompt in source.prompts if prompt.content not in contents]
-    if not kept:
-        raise PromptError(
-            "every prompt is held out for evaluation",
-            where="prompts.source",
-            remedy="evaluate on another source",
-        )
-    chosen = scheduled(kept, context.config.prompts, context.config.seed, round_index)
-    num_held_out = len(source.prompts) - len(kept)
-    return PromptSet(chosen, source.dropped | {"held out for evaluation": num_held_out})
 
 
 def _requests(
