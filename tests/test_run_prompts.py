@@ -213,7 +213,7 @@ def test_a_near_copy_of_an_evaluation_prompt_is_left_out_and_counted(tmp_path: P
 
 def test_a_system_message_makes_no_near_copies(tmp_path: Path) -> None:
     def chat(text: str) -> dict[str, object]:
-        system = {"role": "system", "content": SENTENCE * 9}
+        system = {"role": "system", "content": " ".join(f"rule{i}" for i in range(100))}
         return {"messages": [system, {"role": "user", "content": text}]}
 
     run = chosen(tmp_path, [chat("a b c d")], {"rows": [chat("e f g h")]}, near_duplicates={})
