@@ -43,10 +43,12 @@ class Sample:
     Attributes:
         prompt_token_ids: int32 [P].
         completion_token_ids: int32 [T], EOS included.
-        behavior_logprobs, sampling_logprobs: float32 [T], the student's, when it sampled.
+        behavior_logprobs, sampling_logprobs: float32 [T], the student's, when it sampled; None
+            where an import had none, NaN at masked tokens that had none.
         student_topk_ids: int32 [T, S], or None when none are recorded.
         student_topk_logprobs: float32 [T, S], or None.
         messages: the prompt's chat as JSON, a list of [role, content]; None when it is not known.
+        loss_mask: bool [T], the tokens that a loss may look at; the others are context.
         scores: the teacher's; columns that are not stored, or not asked for, are None.
     """
 
@@ -58,10 +60,11 @@ class Sample:
     finish_reason: str
     prompt_token_ids: NDArray[np.int32]
     completion_token_ids: NDArray[np.int32]
-    behavior_logprobs: NDArray[np.float32]
-    sampling_logprobs: NDArray[np.float32]
+    behavior_logprobs: NDArray[np.float32] | None
+    sampling_logprobs: NDArray[np.float32] | None
     student_topk_ids: NDArray[np.int32] | None
     student_topk_logprobs: NDArray[np.float32] | None
+    loss_mask: NDArray[np.bool_]
     scores: Scores
 
 
@@ -288,7 +291,7 @@ class _Rows:
                 ("student_topk_logprobs", np.float32),
             )
             if name in table.column_names
-        }
+        } | {"loss_mask": tables.supervised_tokens(table)}
 
     def sample(self, row: int, scores: Scores) -> Sample:
         """A row with its scores."""
@@ -305,10 +308,11 @@ class _Rows:
             **{"answer": None, "messages": None, **own.to_pylist()[0]},
             prompt_token_ids=self._prompts[row],
             completion_token_ids=here["completion_token_ids"],
-            behavior_logprobs=here["behavior_logprobs"],
-            sampling_logprobs=here["sampling_logprobs"],
+            behavior_logprobs=here.get("behavior_logprobs"),
+            sampling_logprobs=here.get("sampling_logprobs"),
             student_topk_ids=here.get("student_topk_ids"),
             student_topk_logprobs=here.get("student_topk_logprobs"),
+            loss_mask=here["loss_mask"],
             scores=scores,
         )
 

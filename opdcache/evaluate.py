@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import torch
+from numpy.typing import NDArray
 
 from .errors import ConfigError, InputsMissing
 from .heads import Divergence, Side, divergence
@@ -69,7 +70,8 @@ def _evaluate(
         table = context.cache.read_rollouts(context.cache.need_rollouts(shard))
         teacher = teachers.of(shard.task)
         rendered = _sequences(table, Rendering(context.config.teacher_of(shard.task)))
-        parts += _compare((student, _sequences(table)), (teacher, rendered), budget_tokens)
+        pair = (student, _sequences(table)), (teacher, rendered)
+        parts += _compare(*pair, shards.supervised_tokens(table), budget_tokens)
         context.progress.advance(1, shard.num_tokens)
     context.progress.end()
     reverse_kl, ours, theirs, overlap = (
@@ -102,15 +104,18 @@ def _sequences(table: pa.Table, rendering: Rendering | None = None) -> Sequences
 def _compare(
     student: tuple[TransformersScorer, Sequences],
     teacher: tuple[TransformersScorer, Sequences],
+    supervised_T: NDArray[np.bool_],
     budget_tokens: int,
 ) -> list[Divergence]:
-    """Both models on the same completions, in the same batches."""
+    """Both models on the same completions, in the same batches; tokens that are not supervised are
+    left out."""
     for model, sequences in (student, teacher):
         sequences.need_ids_below(model.head_weight.shape[0])
     lengths = np.maximum(student[1].lengths, teacher[1].lengths)
 
     def side(model: TransformersScorer, sequences: Sequences, rows: list[int]) -> Side:
-        return model.hidden(sequences, rows), model.head_weight
+        kept_T = torch.from_numpy(supervised_T[sequences.places(rows)])
+        return model.hidden(sequences, rows)[kept_T], model.head_weight
 
     return [
         divergence(side(*student, rows), side(*teacher, rows), k=OVERLAP_K)

@@ -74,7 +74,8 @@ def as_tensors(sample: Sample) -> Tensors:
 
     Returns:
         ``input_ids`` int64 [P + T]; ``predicts`` int64 [T], the positions whose logits predict the
-        completion tokens; ``sampled_ids`` int64 [T]; ``sampling_logprobs`` [T]; of the teacher
+        completion tokens; ``sampled_ids`` int64 [T]; ``loss_mask`` bool [T], the tokens that a loss
+        may look at; ``sampling_logprobs`` [T]; of the teacher
         ``teacher_sampled_logprobs`` [T], ``teacher_entropy`` [T], ``topk_ids`` int64 [T, K],
         ``topk_logprobs`` [T, K], ``topk_kept`` bool [T, K], ``tail_logprobs`` [T], ``draw_ids`` and
         ``draw_counts`` int64 [T, D]. float32, nats.
@@ -85,6 +86,7 @@ def as_tensors(sample: Sample) -> Tensors:
         "input_ids": np.concatenate([prompt, completion]).astype(np.int64),
         "predicts": len(prompt) - 1 + np.arange(len(completion)),
         "sampled_ids": completion.astype(np.int64),
+        "loss_mask": sample.loss_mask,
         "sampling_logprobs": sample.sampling_logprobs,
         "teacher_sampled_logprobs": scores.sampled_logprobs,
         "teacher_entropy": scores.entropy,
@@ -118,9 +120,11 @@ def collate(batch: Sequence[Tensors]) -> Tensors:
         InputsMissing: the samples do not have the same columns.
     """
     names = set(batch[0])
-    if any(set(tensors) != names for tensors in batch):
+    differing = {name for tensors in batch for name in set(tensors) ^ names}
+    if differing:
         raise InputsMissing(
             "samples with different score columns are in one batch",
+            got=f"{', '.join(sorted(differing))} in some alone",
             remedy="open the cache with the columns that all of them have",
         )
     ids = [tensors["input_ids"] for tensors in batch]

@@ -38,11 +38,19 @@ ROLLOUT_COLUMNS = (
         "behavior_logprobs",
         _tokens(pa.float32()),
         "raw model log-prob of each sampled token at temperature 1, nats",
+        optional=True,
     ),
     RolloutColumn(
         "sampling_logprobs",
         _tokens(pa.float32()),
         "log-prob of each sampled token under the distribution sampled from, nats",
+        optional=True,
+    ),
+    RolloutColumn(
+        "loss_mask",
+        _tokens(pa.bool_()),
+        "whether each token is supervised; all are where the column is absent",
+        optional=True,
     ),
     RolloutColumn("finish_reason", pa.string(), "stop (EOS or a stop string) or length"),
     RolloutColumn("text", pa.string(), "the completion decoded, special tokens left out"),
@@ -69,10 +77,19 @@ ROLLOUT_COLUMNS = (
 )
 
 
-def rollout_schema(*, answer: bool, messages: bool, student_topk: bool) -> pa.Schema:
+def rollout_schema(
+    *,
+    answer: bool,
+    messages: bool,
+    student_topk: bool,
+    behavior: bool = True,
+    sampling: bool = True,
+    loss_mask: bool = False,
+) -> pa.Schema:
     """Arrow schema of a rollout shard with the given optional columns."""
-    present = {"answer": answer, "messages": messages, "student_topk_ids": student_topk}
-    present["student_topk_logprobs"] = student_topk
+    present = {"answer": answer, "messages": messages, "loss_mask": loss_mask}
+    present |= {"student_topk_ids": student_topk, "student_topk_logprobs": student_topk}
+    present |= {"behavior_logprobs": behavior, "sampling_logprobs": sampling}
     return pa.schema(
         [
             pa.field(

@@ -32,6 +32,7 @@ class Row:
     completion: Sequence[int]
     sampling_T: NDArray[np.float32]
     recorded_ids_TS: NDArray[np.int32]
+    loss_mask: NDArray[np.bool_] | None = None
 
 
 def commit_rollouts(cache: Cache, rows: Sequence[Row], *, name: str = "shard") -> RolloutShard:
@@ -51,6 +52,7 @@ def commit_rollouts(cache: Cache, rows: Sequence[Row], *, name: str = "shard") -
                 text="",
                 task="task",
                 answer=None,
+                loss_mask=row.loss_mask,
             )
             for i, row in enumerate(rows)
         ]

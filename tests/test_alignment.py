@@ -1,6 +1,7 @@
 """Index t is the distribution that predicts completion token t: in scoring, and in training."""
 
 import math
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from opdcache.errors import InvalidShard
+from opdcache.evaluate import _compare
 from opdcache.schemas.columns import ScoreColumn
 from opdcache.score.teacher import Ask, Sequences, in_order
 from opdcache.score.transformers_scorer import TransformersScorer
@@ -423,3 +425,57 @@ def test_a_rollout_shard_that_was_made_anew_with_the_same_tokens_is_used(tmp_pat
     assert commit_rollouts(store, [row_of(0, 3)]) == shard
     batch = RoundSamples(store, *rounds([shard], [[served]]), K).collate([0], CPU)
     assert batch.sampled_T.tolist() == [0, 1, 2]
+
+
+# Masks: sample 0 is supervised here and there, sample 1 nowhere, sample 2 is empty.
+
+MASKS = ([True, False, False, True, True, False], [False], [])
+
+
+def masked_samples(tmp_path: Path, masks: tuple[list[bool], ...] = MASKS) -> RoundSamples:
+    store = Cache(str(tmp_path / "cache"))
+    lengths = [(i, len(mask)) for i, mask in enumerate(masks)]
+    rows = [
+        replace(row_of(i, n), loss_mask=np.array(mask, np.bool_))
+        for (i, n), mask in zip(lengths, masks, strict=True)
+    ]
+    shard = commit_rollouts(store, rows)
+    served = commit_scores(store, shard, scores_of(lengths, ALL, K), ALL)
+    return RoundSamples(store, *rounds([shard], [[served]]), K)
+
+
+def test_a_masked_token_is_fed_and_stands_nowhere_else(tmp_path: Path) -> None:
+    batch = masked_samples(tmp_path).collate([0], CPU)
+    row = row_of(0, 6)
+    assert batch.input_ids_BL[0].tolist() == [*row.prompt, *row.completion[:-1]]
+    assert batch.sampled_T.tolist() == [row.completion[t] for t in (0, 3, 4)]
+    assert batch.columns_T.tolist() == [len(row.prompt) - 1 + t for t in (0, 3, 4)]
+    assert batch.teacher_sampled_T is not None
+    assert batch.teacher_sampled_T.tolist() == [-place(0, t) for t in (0, 3, 4)]
+    assert batch.num_tokens == 3
+    assert {len(value) for name, value in present(batch).items() if name.endswith("_T")} == {3}
+    assert {len(value) for name, value in present(batch).items() if name.endswith("_TK")} == {3}
+
+
+def test_masked_tokens_are_not_counted_and_a_sample_without_others_is_dropped_for_that(
+    tmp_path: Path,
+) -> None:
+    samples = masked_samples(tmp_path)
+    assert [samples.num_tokens([i]) for i in range(3)] == [3, 0, 0]
+    assert list(samples.micro_batches(range(3), 1000)) == [[0]]
+    reasons = [samples.why_dropped(i) for i in range(3)]
+    assert reasons == [None, "no supervised token", "empty completion"]
+
+
+def test_an_evaluation_leaves_masked_tokens_out(tiny_student: Path, tiny_teacher: Path) -> None:
+    def compared(supervised: NDArray[np.bool_]) -> torch.Tensor:
+        models = [(scorer(folder, 40), SEQUENCES) for folder in (tiny_student, tiny_teacher)]
+        parts = _compare(*models, supervised, 40)
+        return torch.cat([part.reverse_kl_T for part in parts]).sort().values
+
+    every = compared(np.ones(24, np.bool_))
+    mask = np.arange(24) % 3 == 0
+    halves = torch.cat([compared(mask), compared(~mask)]).sort().values
+    assert len(compared(mask)) == 8
+    assert float((halves - every).abs().max()) <= 1e-5
+    assert len(compared(np.zeros(24, np.bool_))) == 0

@@ -3,10 +3,12 @@
 import pickle
 import re
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from torch.utils.data import DataLoader
 
 import opdcache
@@ -259,3 +261,17 @@ def test_the_documented_examples_run(
     for block in blocks:
         exec(block, names)  # the examples share their names, as a reader's session would
     assert names["trainer"].state.global_step == 2  # type: ignore[attr-defined]
+
+
+def test_a_mask_is_read_with_its_sample_and_joined_in_a_batch(tmp_path: Path) -> None:
+    cache, folder = Cache(str(tmp_path / "cache")), RunFolder(tmp_path / "run")
+    mask = np.array([True, False, True, False])
+    rows = [replace(ROWS[0][0], loss_mask=mask), *ROWS[0][1:]]
+    shard = commit_rollouts(cache, rows)
+    for file in rounds([shard], [[commit_scores(cache, shard, SCORES[0], ["entropy", "topk"])]]):
+        folder.write(file)
+    samples = opened(folder.path)
+    assert [samples[i].loss_mask.tolist() for i in range(3)] == [mask.tolist(), [], [True, True]]
+    joined = collate([as_tensors(samples[i]) for i in (2, 0)])["loss_mask"]
+    assert joined.dtype == torch.bool
+    assert joined.tolist() == [True, True, *mask.tolist()]

@@ -155,7 +155,7 @@ def expected(sample: opdcache.Sample) -> dict[str, Any]:
     row: dict[str, Any] = {
         name: value.tolist() if isinstance(value, np.ndarray) else value
         for name in sample.__slots__
-        if name != "scores"
+        if name not in ("scores", "loss_mask")  # no token is masked, so there is no column
         for value in [getattr(sample, name)]
     }
     names = [f.name for fields in export.TEACHER_FIELDS.values() for f in fields]

@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from opdcache.runfolder import RunFolder
 from opdcache.schemas.config import RunConfig
+from opdcache.schemas.rounds import TrainRound
 from opdcache.store import codec
 from opdcache.store.cache import Cache
 from opdcache.store.scores import Scores, TopK
@@ -74,11 +75,11 @@ def made_samples() -> list[Sample]:
 SAMPLES = made_samples()
 
 
-def write_rounds(cache_url: str, runs: Sequence[Path]) -> None:
+def write_rounds(cache_url: str, runs: Sequence[Path], samples: Sequence[Sample] = SAMPLES) -> None:
     """Commit the samples as two shards, and pin them to both rounds of every run."""
     cache = Cache(cache_url)
     shards, served = [], []
-    for number, part in enumerate((SAMPLES[:4], SAMPLES[4:])):
+    for number, part in enumerate((samples[:4], samples[4:])):
         shard = commit_rollouts(cache, [s.row for s in part], name=f"shard-{number}")
         lengths = [len(s.row.completion) for s in part]
         topk = TopK(
@@ -509,3 +510,38 @@ def test_the_exported_configuration_is_that_of_the_start(trained: Trained, name:
     folder = trained.base / name / "students" / "001"
     before, after = (json.loads((f / "config.json").read_text()) for f in (start, folder))
     assert after == before
+
+
+def test_what_the_teacher_said_of_masked_tokens_changes_no_update(
+    tmp_path: Path, tiny_student: Path
+) -> None:
+    masks = [np.arange(n) % 3 > 0 if n > 2 else None for n in LENGTHS]
+    masked = [
+        replace(s, row=replace(s.row, loss_mask=mask))
+        for s, mask in zip(SAMPLES, masks, strict=True)
+    ]
+    changed = [
+        replace(
+            s, logprobs_TK=np.where(mask[:, None], s.logprobs_TK, s.logprobs_TK[:, ::-1].mean())
+        )
+        if (mask := s.row.loss_mask) is not None
+        else s
+        for s in masked
+    ]
+    jobs = []
+    for name, samples in (("masked", masked), ("changed", changed), ("whole", SAMPLES)):
+        config = run_config(name, tmp_path, tiny_student) | {"cache": str(tmp_path / f"{name}-c")}
+        write_rounds(config["cache"], [tmp_path / name], samples)
+        jobs.append(job(config))
+    carry_out(tmp_path, "masks", jobs)
+    made = {
+        name: exact_bytes(tmp_path / name / "students" / "001")
+        for name in ("masked", "changed", "whole")
+    }
+    for name, tensor in made["masked"].items():
+        assert torch.equal(tensor, made["changed"][name]), name
+    assert any(not torch.equal(t, made["whole"][n]) for n, t in made["masked"].items())
+    counted = RunFolder(tmp_path / "masked").need(TrainRound, 0).num_tokens
+    assert counted == sum(
+        n if m is None else int(m.sum()) for n, m in zip(LENGTHS, masks, strict=True)
+    )

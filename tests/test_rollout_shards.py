@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -241,3 +242,28 @@ def test_the_content_hash_of_a_slice_is_that_of_its_rows_alone() -> None:
     sliced = rollout_table(rows).slice(1, 3)
 
     assert content_hash(sliced) == content_hash(rollout_table(rows[1:4]))
+
+
+MASK = np.array([True, False])
+
+
+def test_a_mask_is_a_column_when_a_token_is_not_supervised() -> None:
+    table = rollout_table([completion(0), replace(completion(1), loss_mask=MASK)])
+
+    read = rollouts.decode_rollouts(rollouts.encode_rollouts(table))
+
+    assert read.column("loss_mask").to_pylist() == [[True, True], [True, False]]
+    assert rollouts.supervised_tokens(read).tolist() == [True, True, True, False]
+
+
+def test_a_mask_of_ones_is_no_column() -> None:
+    table = rollout_table([replace(completion(), loss_mask=np.ones(2, np.bool_))])
+
+    assert table.equals(rollout_table([completion()]))
+    assert rollouts.supervised_tokens(table).tolist() == [True, True]
+
+
+def test_the_content_hash_does_not_change_with_the_mask() -> None:
+    table = rollout_table([replace(completion(), loss_mask=MASK)])
+
+    assert content_hash(table) == content_hash(rollout_table([completion()]))

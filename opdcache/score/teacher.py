@@ -52,6 +52,11 @@ class Sequences:
         """int64 [T], the completion tokens."""
         return np.concatenate([np.zeros(0, np.int64), *self.completions]).astype(np.int64)
 
+    def places(self, rows: Sequence[int]) -> NDArray[np.int64]:
+        """Where some completions' tokens are on the token axis, one completion after the other."""
+        offsets = self.offsets
+        return np.concatenate([np.arange(offsets[r], offsets[r + 1]) for r in rows])
+
     def whole(self, row: int) -> NDArray[np.int32]:
         """A prompt and its completion."""
         return np.concatenate([self.prompts[row], self.completions[row]])

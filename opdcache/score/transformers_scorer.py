@@ -52,7 +52,7 @@ class TransformersScorer:
         uniforms_TN = None if ask.uniforms_TN is None else torch.from_numpy(ask.uniforms_TN)
         sequences.need_ids_below(self._head.weight.shape[0])
         for rows in by_length(sequences.lengths, self._batch_tokens):
-            hidden_TD, at_T = self.hidden(sequences, rows), _places(sequences.offsets, rows)
+            hidden_TD, at_T = self.hidden(sequences, rows), sequences.places(rows)
             device = hidden_TD.device
             stats = teacher_statistics(
                 hidden_TD,
@@ -98,11 +98,6 @@ class TransformersScorer:
         return torch.cat(
             [states[i, s : s + n] for i, (s, n) in enumerate(zip(starts, counts, strict=True))]
         )
-
-
-def _places(offsets: NDArray[np.int64], rows: Sequence[int]) -> NDArray[np.int64]:
-    """Where the rows' tokens are on the token axis."""
-    return np.concatenate([np.arange(offsets[r], offsets[r + 1]) for r in rows])
 
 
 def _as_scores(stats: TeacherStats, num_tokens: NDArray[np.int64], ask: Ask) -> Scores:

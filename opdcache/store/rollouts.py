@@ -25,19 +25,21 @@ class Completion:
     """One completion on its way into a shard. T completion tokens, S recorded entries a token.
 
     Attributes:
-        behavior_logprobs: float32 [T], raw model log-probs at temperature 1, nats.
-        sampling_logprobs: float32 [T], under the distribution sampled from, nats.
+        behavior_logprobs: float32 [T], raw model log-probs at temperature 1, nats; None when they
+            are not known, alike for all completions of a shard. NaN at masked tokens may be.
+        sampling_logprobs: the same, under the distribution sampled from.
         topk_ids: int32 [T, S]; S = 0 when none are recorded.
         topk_logprobs: float32 [T, S], raw, descending, nats.
         messages: the prompt's chat, (role, content) each; None when only token ids are known.
+        loss_mask: bool [T], which tokens are supervised; None when all are.
     """
 
     prompt_id: str
     sample_index: int
     prompt_token_ids: Sequence[int]
     completion_token_ids: Sequence[int]
-    behavior_logprobs: NDArray[np.float32]
-    sampling_logprobs: NDArray[np.float32]
+    behavior_logprobs: NDArray[np.float32] | None
+    sampling_logprobs: NDArray[np.float32] | None
     topk_ids: NDArray[np.int32]
     topk_logprobs: NDArray[np.float32]
     finish_reason: str
@@ -45,6 +47,13 @@ class Completion:
     task: str
     answer: str | None
     messages: tuple[tuple[str, str], ...] | None = None
+    loss_mask: NDArray[np.bool_] | None = None
+
+    @property
+    def supervised(self) -> NDArray[np.bool_]:
+        """Bool [T]: which tokens are supervised."""
+        every = np.ones(len(self.completion_token_ids), np.bool_)
+        return every if self.loss_mask is None else self.loss_mask
 
 
 def rollout_table(completions: Sequence[Completion]) -> pa.Table:
@@ -53,10 +62,14 @@ def rollout_table(completions: Sequence[Completion]) -> pa.Table:
         answer=any(c.answer is not None for c in completions),
         messages=any(c.messages is not None for c in completions),
         student_topk=any(c.topk_ids.shape[1] for c in completions),
+        behavior=all(c.behavior_logprobs is not None for c in completions),
+        sampling=all(c.sampling_logprobs is not None for c in completions),
+        loss_mask=not all(c.supervised.all() for c in completions),
     )
     columns: dict[str, list[object]] = {
         "rollout_id": [f"{c.prompt_id}/{c.sample_index}" for c in completions],
         "messages": [None if c.messages is None else _json(c.messages) for c in completions],
+        "loss_mask": [c.supervised for c in completions],
         "student_topk_ids": [list(c.topk_ids) for c in completions],
         "student_topk_logprobs": [list(c.topk_logprobs) for c in completions],
     }
@@ -157,6 +170,13 @@ def token_offsets(table: pa.Table) -> NDArray[np.int64]:
     """[N + 1]: where each completion's tokens are on the shard's token axis."""
     lengths = np.asarray(table.column("completion_token_ids").combine_chunks().value_lengths())
     return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+
+
+def supervised_tokens(table: pa.Table) -> NDArray[np.bool_]:
+    """Bool [T]: which tokens of the shard's token axis are supervised."""
+    if "loss_mask" in table.column_names:
+        return flat_tokens(table, "loss_mask", np.bool_)
+    return np.ones(int(token_offsets(table)[-1]), np.bool_)
 
 
 def flat_tokens(table: pa.Table, column: str, dtype: type[Scalar]) -> NDArray[Scalar]:

@@ -42,7 +42,7 @@ class TopK:
         """[T, K]: which entries are kept ones."""
         return codec.kept_mask(self.num_kept, self.ids.shape[1])
 
-    def at(self, tokens: slice) -> "TopK":
+    def at(self, tokens: slice | NDArray[np.int64]) -> "TopK":
         """The entries of some tokens."""
         return TopK(*(getattr(self, name)[tokens] for name in self.__slots__))
 
@@ -70,7 +70,7 @@ class StudentTopK:
     logprobs: codec.Floats
     tail_logprobs: codec.Floats
 
-    def at(self, tokens: slice) -> "StudentTopK":
+    def at(self, tokens: slice | NDArray[np.int64]) -> "StudentTopK":
         """The entries of some tokens."""
         return StudentTopK(self.logprobs[tokens], self.tail_logprobs[tokens])
 

@@ -107,16 +107,17 @@ def metric_sums(
 
     ``reverse_kl_tail`` merges everything outside the teacher's kept entries into one bucket: a
     lower bound of the full KL. ``reverse_kl_sampled`` is ``r - 1 - log r`` of the sampled token,
-    ``r = q/p``: unbiased while the student is the policy that sampled.
+    ``r = q/p``: unbiased while the student is the policy that sampled. Without the log-probs that
+    the policy sampled with there are no weights.
     """
-    weight_T = (student.sampled_T - batch.sampling_T).exp()
     sums = {
         "num_tokens": torch.ones_like(losses_T),
         "loss": losses_T,
         "student_entropy": student.view.entropy_T,
-        "weight": weight_T,
-        "weight_squared": weight_T.square(),
     }
+    if batch.sampling_T is not None:
+        sums["weight"] = (student.sampled_T - batch.sampling_T).exp()
+        sums["weight_squared"] = sums["weight"].square()
     if batch.teacher_sampled_T is not None:
         log_ratio_T = batch.teacher_sampled_T - student.sampled_T
         sums["reverse_kl_sampled"] = log_ratio_T.exp() - 1 - log_ratio_T
@@ -132,11 +133,13 @@ def means(sums: dict[str, float]) -> dict[str, float]:
     """Token-means of ``metric_sums``, and the staleness of the rollouts.
 
     ``ess`` is the effective sample size of the ratios ``p_live / p_sampling`` as a share of the
-    tokens: 1 while the student is the policy that sampled.
+    tokens: 1 while the student is the policy that sampled; absent where its log-probs are.
     """
-    num_tokens, weight, squared = (sums[n] for n in ("num_tokens", "weight", "weight_squared"))
+    num_tokens = sums["num_tokens"]
     made = {n: v / num_tokens for n, v in sums.items() if not n.startswith(("num_", "weight"))}
-    return made | {"ess": weight**2 / (num_tokens * squared)}
+    if "weight" in sums:
+        made["ess"] = sums["weight"] ** 2 / (num_tokens * sums["weight_squared"])
+    return made
 
 
 def _more_ids(loss: LossConfig, batch: MicroBatch) -> list[Tensor]:

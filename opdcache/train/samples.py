@@ -31,22 +31,29 @@ class Shard:
 
     prompts: Sequence[NDArray[np.int32]]
     completions: Sequence[NDArray[np.int32]]
-    sampling_logprobs: NDArray[np.float32]
+    sampling_logprobs: NDArray[np.float32] | None
     recorded_ids: NDArray[np.int64] | None
+    supervised: NDArray[np.bool_]
     scores: Scores
+
+    @property
+    def offsets(self) -> NDArray[np.int64]:
+        """[N + 1]: where each completion's tokens are on the token axis."""
+        return self.scores.token_offsets
 
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """Sequences of one forward and backward.
+    """Sequences of one forward and backward; T are the supervised tokens alone.
 
-    Completion token t of the batch is predicted by the hidden state at
-    ``(rows_T[t], columns_T[t])``. Absent columns are None.
+    Token t of the batch is predicted by the hidden state at ``(rows_T[t], columns_T[t])``. Tokens
+    that are masked are fed, and stand nowhere else. Absent columns are None.
 
     Attributes:
         input_ids_BL: int64, padded on the right; the last completion token is not fed.
-        sampled_T: int64, the completion tokens.
-        sampling_T: float32, log-prob under the distribution sampled from.
+        sampled_T: int64, the supervised tokens.
+        sampling_T: float32, log-prob under the distribution sampled from; None where an import
+            had none.
         teacher_sampled_T, teacher_entropy_T: float32.
         topk_ids_TK, topk_TK, kept_TK, tail_T: the teacher's likeliest entries.
         recorded_ids_TS, recorded_TS, recorded_tail_T: ids that the student recorded, the teacher's
@@ -57,7 +64,7 @@ class MicroBatch:
     rows_T: Tensor
     columns_T: Tensor
     sampled_T: Tensor
-    sampling_T: Tensor
+    sampling_T: Tensor | None
     teacher_sampled_T: Tensor | None
     teacher_entropy_T: Tensor | None
     topk_ids_TK: Tensor | None
@@ -117,6 +124,14 @@ class RoundSamples:
         """Supervised tokens of the samples."""
         return sum(self._num_tokens(i) for i in samples)
 
+    def why_dropped(self, sample: int) -> str | None:
+        """Why a sample cannot be trained on; None when it can."""
+        if self._num_tokens(sample):
+            return None
+        shard, row = self._place(sample)
+        empty = not len(self._shard(shard).completions[row])
+        return "empty completion" if empty else "no supervised token"
+
     def where(self, sample: int) -> str:
         """A sample's place in the cache, for people."""
         shard, row = self._place(sample)
@@ -130,8 +145,8 @@ class RoundSamples:
         padded = np.zeros((len(fed), max(len(ids) for ids in fed)), np.int64)
         for row, ids in enumerate(fed):
             padded[row, : len(ids)] = ids
-        rows = [np.full(len(p.completion), i) for i, p in enumerate(pieces)]
-        columns = [len(p.prompt) - 1 + np.arange(len(p.completion)) for p in pieces]
+        rows = [np.full(len(p.within), i) for i, p in enumerate(pieces)]
+        columns = [len(p.prompt) - 1 + p.within for p in pieces]
 
         def needed(values: Sequence[NDArray[Any]]) -> Tensor:
             return torch.from_numpy(np.concatenate(values)).to(device)
@@ -147,8 +162,8 @@ class RoundSamples:
             input_ids_BL=torch.from_numpy(padded).to(device),
             rows_T=needed(rows),
             columns_T=needed(columns),
-            sampled_T=needed([p.completion.astype(np.int64) for p in pieces]),
-            sampling_T=needed([p.shard.sampling_logprobs[p.tokens] for p in pieces]),
+            sampled_T=needed([p.completion[p.within].astype(np.int64) for p in pieces]),
+            sampling_T=joined([p.sampling() for p in pieces]),
             teacher_sampled_T=joined([p.score("sampled_logprobs") for p in pieces]),
             teacher_entropy_T=joined([p.score("entropy") for p in pieces]),
             topk_ids_TK=joined(_alike([t.ids.astype(np.int64) for t in topk])),
@@ -166,7 +181,7 @@ class RoundSamples:
 
     def _num_tokens(self, sample: int) -> int:
         shard, row = self._place(sample)
-        return len(self._shard(shard).completions[row])
+        return len(_Piece(self._shard(shard), row).within)
 
     def _length(self, sample: int) -> int:
         shard, row = self._place(sample)
@@ -180,12 +195,17 @@ class RoundSamples:
         return Shard(
             prompts=shards.token_lists(table, "prompt_token_ids"),
             completions=shards.token_lists(table, "completion_token_ids"),
-            sampling_logprobs=shards.flat_tokens(table, "sampling_logprobs", np.float32),
+            sampling_logprobs=(
+                shards.flat_tokens(table, "sampling_logprobs", np.float32)
+                if "sampling_logprobs" in names
+                else None
+            ),
             recorded_ids=(
                 shards.flat_tokens(table, "student_topk_ids", np.int64)
                 if "student_topk_ids" in names
                 else None
             ),
+            supervised=shards.supervised_tokens(table),
             scores=self._cache.open_score_set(scored.content, scored.teacher, scored.served).read(),
         )
 
@@ -212,9 +232,19 @@ class _Piece:
         return self.shard.completions[self.row]
 
     @property
-    def tokens(self) -> slice:
-        offsets = self.shard.scores.token_offsets
-        return slice(int(offsets[self.row]), int(offsets[self.row + 1]))
+    def within(self) -> NDArray[np.int64]:
+        """Places of the supervised tokens in the completion."""
+        start, stop = self.shard.offsets[self.row : self.row + 2]
+        return np.flatnonzero(self.shard.supervised[start:stop])
+
+    @property
+    def tokens(self) -> NDArray[np.int64]:
+        """Places of the supervised tokens on the shard's token axis."""
+        return self.within + int(self.shard.offsets[self.row])
+
+    def sampling(self) -> NDArray[np.float32] | None:
+        values = self.shard.sampling_logprobs
+        return None if values is None else values[self.tokens]
 
     def score(self, name: str) -> NDArray[np.float32] | None:
         values: NDArray[np.float32] | None = getattr(self.shard.scores, name)

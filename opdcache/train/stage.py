@@ -2,6 +2,7 @@
 
 import os
 import time
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -96,8 +97,7 @@ class _Training:
     @property
     def dropped(self) -> dict[str, int]:
         """Samples that could not be trained on, by reason."""
-        empty = sum(1 for i in self._order if not self._samples.num_tokens([i]))
-        return {"empty completion": empty} if empty else {}
+        return dict(Counter(why for i in self._order if (why := self._samples.why_dropped(i))))
 
     def updates(self) -> Position:
         """Do the updates that are left; ends with a checkpoint at the round's end."""
