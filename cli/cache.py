@@ -1,4 +1,4 @@
-"""``opdcache cache``: look at a cache, check it, clean it, copy it, export it."""
+"""``opdcache cache``: look at a cache, check it, clean it, copy it, fill it, export it."""
 
 from typing import TYPE_CHECKING
 
@@ -25,7 +25,7 @@ def opened(url: str) -> "Cache":
 
 @click.group("cache")
 def command() -> None:
-    """List, verify, clean, copy and export a cache."""
+    """List, verify, clean, copy, import into and export a cache."""
 
 
 @command.command("ls")
@@ -134,6 +134,48 @@ def copy(context: click.Context, cache: str, destination: str) -> None:
     for problem in done.damaged:
         click.echo(f"not copied: {problem.path}: {problem.reason}", err=True)
     context.exit(3 if done.damaged else 0)
+
+
+@command.command("import")
+@cache_url
+@click.argument("file", metavar="FILE")
+@click.option("--student", required=True, metavar="MODEL", help="the policy that sampled")
+@click.option(
+    "--out", required=True, metavar="FOLDER", help="for 'rollouts: {from: FOLDER}' of a run file"
+)
+@click.option("--task", default="default", show_default=True, help="of the rows that name none")
+@click.option("--shard-samples", type=click.IntRange(1), default=256, show_default=True)
+def import_(cache: str, file: str, student: str, out: str, task: str, shard_samples: int) -> None:
+    """Take rollouts from elsewhere: a JSONL or Parquet FILE of token ids, a row a completion.
+
+    Rows have prompt_token_ids and completion_token_ids, and may have behavior_logprobs,
+    sampling_logprobs, loss_mask, id, sample_index, task, answer, finish_reason and text.
+    """
+    from pathlib import Path
+
+    from ..importing import import_rollouts
+    from ..runfile import local_model
+    from ..runfolder import model_folder
+    from ..schemas.config import ModelRef
+    from ..store.cache import Cache
+    from .progress import make_progress
+
+    done = import_rollouts(
+        Cache(cache),
+        Path(file),
+        model_folder(ModelRef(model=local_model(student, Path.cwd()))),
+        Path(out),
+        make_progress(),
+        task=task,
+        shard_samples=shard_samples,
+    )
+    click.echo(
+        f"{done.num_rows:,} rollouts in {done.num_shards:,} shards, {done.num_tokens:,} tokens, "
+        f"{done.num_supervised:,} of them supervised; "
+        + ", ".join(f"{count:,} {fault}" for fault, count in done.quality.items())
+    )
+    made = f"{done.num_made:,} shards made" if done.num_made else "all there already, nothing made"
+    click.echo(f"{made}; a run takes them with 'rollouts: {{from: {out}}}'")
 
 
 @command.command("export")

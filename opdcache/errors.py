@@ -96,7 +96,7 @@ class ConfigError(UsageError):
 
 
 class PromptError(UsageError):
-    """A prompt source is missing, empty or malformed."""
+    """A file of prompts or rollouts, or another source, is missing, empty or malformed."""
 
     code = "OPD102"
 

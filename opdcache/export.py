@@ -185,8 +185,18 @@ def _schema(cache: Cache, shards: Sequence[Scored]) -> pa.Schema:
     """Of the columns that one of the shards has."""
     columns = {c for shard in shards for served in shard.served for c in served.columns}
     manifests = cache.committed_rollouts({shard.rollouts.key for shard in shards}).values()
-    recorded = any(manifest.identity.student_topk for manifest in manifests)
-    student = rollout_schema(answer=True, messages=True, student_topk=recorded)
+
+    def held(name: str) -> bool:
+        return any(name not in manifest.identity.absent for manifest in manifests)
+
+    student = rollout_schema(
+        answer=True,
+        messages=True,
+        student_topk=held("student_topk_ids"),
+        behavior=held("behavior_logprobs"),
+        sampling=held("sampling_logprobs"),
+        loss_mask=held("loss_mask"),
+    )
     teacher = [f for column, fields in TEACHER_FIELDS.items() if column in columns for f in fields]
     return pa.schema([*(f.with_nullable(True) for f in student), *SOURCE_FIELDS, *teacher])
 

@@ -146,7 +146,7 @@ def model_config(folder: Path) -> dict[str, Any]:
         ModelError: the folder or the file is missing, or it is not JSON.
     """
     if not folder.is_dir():
-        raise ModelError("no such model folder", where=folder, remedy="check the path in run.yaml")
+        raise ModelError("no such model folder", where=folder, remedy="check the path")
     return _json_mapping(folder, "config.json")
 
 

@@ -1,6 +1,6 @@
-"""Rows of prompt sources, by our names for their columns, each with its place.
+"""Rows of files and of prompt sources, each with its place for people.
 
-What a row means is left to ``opdcache.prompts``.
+What a row means is left to ``opdcache.prompts`` and ``opdcache.importing``.
 """
 
 import json
@@ -34,39 +34,59 @@ def rows(
             return _huggingface(source)
 
 
+def file_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    """Rows of a Parquet file (by its suffix) or of JSON Lines as they are, each with its place.
+
+    Raises:
+        PromptError: the file cannot be read, or is malformed.
+    """
+    if path.suffix != ".parquet":
+        yield from _json_lines(path)
+        return
+    for number, row in enumerate(_table(path).to_pylist()):
+        yield f"{path} row {number}", row
+
+
 def _jsonl(source: JsonlSource) -> Iterator[tuple[str, dict[str, Any]]]:
-    try:
-        lines = Path(source.path).read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not UTF-8"
-        raise PromptError(f"prompt file cannot be read: {reason}", where=source.path) from error
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        place = f"{source.path}:{number}"
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise PromptError(
-                f"not JSON: {error}", where=place, remedy="one JSON object a line"
-            ) from error
+    for place, row in _json_lines(Path(source.path)):
         if not isinstance(row, dict):
             raise PromptError("a row is an object", where=place, got=type(row).__name__)
         yield place, {name: row[column] for name, column in _columns(source, row, place).items()}
 
 
-def _parquet(source: ParquetSource) -> Iterator[tuple[str, dict[str, Any]]]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
+def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
     try:
-        table = pq.read_table(source.path)
-    except (OSError, pa.ArrowException) as error:
-        raise PromptError(f"not a readable Parquet file: {error}", where=source.path) from error
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not UTF-8"
+        raise PromptError(f"file cannot be read: {reason}", where=path) from error
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            yield f"{path}:{number}", json.loads(line)
+        except ValueError as error:
+            raise PromptError(
+                f"not JSON: {error}", where=f"{path}:{number}", remedy="one JSON object a line"
+            ) from error
+
+
+def _parquet(source: ParquetSource) -> Iterator[tuple[str, dict[str, Any]]]:
+    table = _table(Path(source.path))
     columns = _columns(source, table.column_names, source.path)
     ours = table.select(list(columns.values())).rename_columns(list(columns))
     for number, row in enumerate(ours.to_pylist()):
         yield f"{source.path} row {number}", row
+
+
+def _table(path: Path) -> Any:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        return pq.read_table(path)
+    except (OSError, pa.ArrowException) as error:
+        raise PromptError(f"not a readable Parquet file: {error}", where=path) from error
 
 
 def _huggingface(source: HuggingFaceSource) -> Iterator[tuple[str, dict[str, Any]]]:

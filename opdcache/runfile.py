@@ -79,7 +79,8 @@ def _known_keys(loc: Iterable[str]) -> list[str]:
             models = [m for annotation in named for m in _models(annotation)]
         else:
             models = [m for m in models if _tag(m) == part] or models
-    return sorted({name for model in models for name in model.model_fields})
+    fields = (item for model in models for item in model.model_fields.items())
+    return sorted({field.alias or name for name, field in fields})
 
 
 def _models(annotation: Any) -> list[type[BaseModel]]:
@@ -93,6 +94,13 @@ def _tag(model: type[BaseModel]) -> str | None:
     return get_args(field.annotation)[0] if field is not None else None
 
 
+def local_model(value: str, base: Path) -> str:
+    """A folder below ``base`` if there is one, or if it reads like a path; else a hub id."""
+    folder = base / Path(value).expanduser()
+    is_path = value.startswith((".", "/", "~")) or value.count("/") != 1
+    return str(folder) if is_path or folder.parent.exists() else value
+
+
 def _absolute(config: RunConfig, path: Path) -> RunConfig:
     """Paths of a run file are relative to the file, wherever the command is run."""
     base = path.resolve().parent
@@ -101,10 +109,7 @@ def _absolute(config: RunConfig, path: Path) -> RunConfig:
         return value if "://" in value else str(base / Path(value).expanduser())
 
     def model(value: str) -> str:
-        """A folder if there is one, or if it reads like a path; else a hub id."""
-        folder = base / Path(value).expanduser()
-        is_path = value.startswith((".", "/", "~")) or value.count("/") != 1
-        return str(folder) if is_path or folder.parent.exists() else value
+        return local_model(value, base)
 
     def teacher(value: TeacherConfig) -> TeacherConfig:
         if isinstance(value.backend, HttpBackend):

@@ -18,6 +18,8 @@ AS_SAMPLED = "as-sampled"
 is the digest of the token ids that the teacher reads in the place of the shard's prompts."""
 
 Kind = Literal["rollouts", "scores"]
+Quality = Literal["truncated", "repetitive"]
+"""What can be wrong with a completion; ``opdcache.quality`` tells."""
 
 
 class Sampling(Model):
@@ -55,6 +57,43 @@ class RolloutIdentity(Model):
     sampling: Sampling = Field(description="how completions are drawn")
     engine: dict[str, JsonValue] = Field(description="engine arguments that change the policy")
     student_topk: int = Field(description="recorded student entries a token; 0 records none")
+
+    @property
+    def absent(self) -> frozenset[str]:
+        """Optional columns that the shard cannot have."""
+        recorded = {"student_topk_ids"} if not self.student_topk else set()
+        return frozenset(recorded | {"loss_mask"})
+
+
+class ImportIdentity(Model):
+    """Preimage of the key of rollouts that were made elsewhere: all that was said of them.
+
+    A digest of a column covers its values on the shard's token axis; None when it is absent.
+    """
+
+    schema_version: int = Field(SCHEMA_VERSION, description="major version of the shard format")
+    student: str = Field(description="fingerprint of the policy that is said to have sampled")
+    vocabulary: str = Field(description="fingerprint of the token ids' meaning")
+    content: str = Field(description="content hash of the shard")
+    labels: str = Field(
+        description="SHA-256 of the rows' prompt id, sample index, task, answer, finish reason and "
+        "text, in order"
+    )
+    behavior_logprobs: str | None = Field(description="SHA-256 of the column, little-endian")
+    sampling_logprobs: str | None = Field(description="SHA-256 of the column, little-endian")
+    loss_mask: str | None = Field(description="SHA-256 of the column, a byte a token")
+
+    @property
+    def student_topk(self) -> int:
+        """Recorded student entries a token: none are imported."""
+        return 0
+
+    @property
+    def absent(self) -> frozenset[str]:
+        """Optional columns that the shard cannot have."""
+        optional = ("behavior_logprobs", "sampling_logprobs", "loss_mask")
+        missing = {name for name in optional if getattr(self, name) is None}
+        return frozenset(missing | {"student_topk_ids"})
 
 
 class ScoreIdentity(Model):
@@ -148,11 +187,14 @@ class RolloutManifest(_Manifest):
     """Commits a rollout shard."""
 
     kind: Literal["rollouts"] = Field("rollouts", description="what the shard holds")
-    identity: RolloutIdentity = Field(description="preimage of the key")
+    identity: RolloutIdentity | ImportIdentity = Field(description="preimage of the key")
     content: str = Field(description="hash of token ids, recorded ids and row order")
     num_prompt_tokens: int = Field(description="prompt tokens, each completion's counted")
     vocab_size: int = Field(description="ids are below this")
     task: str = Field(description="the one task of the shard's prompts")
+    quality: dict[Quality, int] = Field(
+        {}, description="completions that are truncated or repetitive; empty: nobody has counted"
+    )
 
 
 class ScoreManifest(_Manifest):

@@ -153,7 +153,14 @@ def test_the_contract_imports_nothing_outside_itself() -> None:
         (("opdcache.rollout", "opdcache.score", "opdcache.train"), ("rounds", "cli", "jobs")),
         (("opdcache.rounds", "opdcache.evaluate"), ("cli", "jobs")),
         (
-            ("opdcache.data", "opdcache.torch_data", "opdcache.export"),
+            (
+                "opdcache.data",
+                "opdcache.torch_data",
+                "opdcache.export",
+                "opdcache.importing",
+                "opdcache.quality",
+                "opdcache.served",
+            ),
             ("rollout", "score", "train", "cli", "jobs"),
         ),
         (("opdcache.jobs",), ("cli",)),
@@ -165,7 +172,15 @@ def test_a_layer_imports_only_downward(layer: tuple[str, ...], above: tuple[str,
 
 
 @pytest.mark.parametrize(
-    "layer", ["opdcache.schemas", "opdcache.store", "opdcache.export", "opdcache.cli"]
+    "layer",
+    [
+        "opdcache.schemas",
+        "opdcache.store",
+        "opdcache.export",
+        "opdcache.importing",
+        "opdcache.quality",
+        "opdcache.cli",
+    ],
 )
 def test_no_engine_is_imported_with_a_light_layer(layer: str) -> None:
     heavy = {

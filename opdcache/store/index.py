@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..errors import ObjectMissing, StoreError
-from ..schemas.manifests import RolloutManifest, ScoreManifest
+from ..schemas.manifests import ImportIdentity, RolloutManifest, ScoreManifest
 from .cache import Cache
 from .objects import ObjectInfo
 
@@ -25,7 +25,7 @@ class Summary(NamedTuple):
 
     Attributes:
         made_by: fingerprint of the student that sampled, or of the teacher that scored.
-        of: digest of the prompts, or key of the rollouts that were scored.
+        of: digest of the prompts, content of an import, or key of the rollouts that were scored.
         k: recorded student entries a token, or kept teacher entries.
     """
 
@@ -73,8 +73,9 @@ def is_named_by_its_hash(path: str, data: bytes) -> bool:
 def _summary(cache: Cache, path: str, etag: str) -> Summary | None:
     match cache.manifest(path):
         case RolloutManifest() as manifest:
-            made_by, of = manifest.identity.student, manifest.identity.prompts
-            k = manifest.identity.student_topk
+            identity = manifest.identity
+            made_by, k = identity.student, identity.student_topk
+            of = identity.content if isinstance(identity, ImportIdentity) else identity.prompts
         case ScoreManifest() as manifest:
             made_by, of = manifest.identity.teacher, manifest.rollout_key
             k = manifest.identity.k

@@ -6,13 +6,14 @@ Everything is decided by manifests and pins; nothing here knows a run's folder.
 import json
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from ..errors import (
     InputsMissing,
@@ -22,7 +23,7 @@ from ..errors import (
     OpdcacheError,
     UnknownSchema,
 )
-from ..schemas.manifests import RolloutManifest, ScoreManifest
+from ..schemas.manifests import ImportIdentity, RolloutManifest, ScoreManifest
 from . import index, rollouts
 from .cache import Cache, commit_path, shard_key
 from .index import Summary, summaries
@@ -335,9 +336,21 @@ def _unwelcome(destination: Cache, manifest: AnyManifest) -> str | None:
         if there is not None and there.content != manifest.content:
             return "rollouts whose key has other tokens in the destination"
         return None
-    there = destination.rollouts(manifest.rollout_key)
-    if there is None or there.content != manifest.identity.content:
+    if _scored(destination, manifest) is None:
         return "scores of tokens that the destination does not have"
+    return None
+
+
+def _scored(cache: Cache, scores: ScoreManifest) -> RolloutManifest | None:
+    """The rollouts of a score set: those that were scored, or others with the same tokens."""
+    there = cache.rollouts(scores.rollout_key)
+    if there is not None and there.content == scores.identity.content:
+        return there
+    for info in cache.objects.list("commits/rollouts"):
+        with suppress(IntegrityError):  # a damaged one is named where its turn comes
+            other = cache.rollouts(shard_key(info.path))
+            if other is not None and other.content == scores.identity.content:
+                return other
     return None
 
 
@@ -373,8 +386,8 @@ def _check_contents(cache: Cache, manifest: AnyManifest) -> None:
     if isinstance(manifest, RolloutManifest):
         faults = _rollout_faults(cache.read_rollouts(manifest), manifest)
     else:
-        rollout = cache.rollouts(manifest.rollout_key)
-        if rollout is None or rollout.content != manifest.identity.content:
+        rollout = _scored(cache, manifest)
+        if rollout is None:
             raise InputsMissing("the rollouts of these scores are gone", where=where)
         opened = cache.open_scores(manifest)
         offsets = rollouts.token_offsets(cache.read_rollouts(rollout))
@@ -385,9 +398,11 @@ def _check_contents(cache: Cache, manifest: AnyManifest) -> None:
 
 
 def _rollout_faults(table: pa.Table, manifest: RolloutManifest) -> dict[str, bool]:
+    identity, masked = manifest.identity, ~rollouts.supervised_tokens(table)
     offsets = rollouts.token_offsets(table)
     lengths = np.diff(offsets)
-    per_token = [f.name for f in table.schema if f.name.endswith(("_logprobs", "topk_ids"))]
+    suffixes = ("_logprobs", "topk_ids", "loss_mask")
+    per_token = [f.name for f in table.schema if f.name.endswith(suffixes)]
     ids = np.concatenate(
         [
             rollouts.flat_tokens(table, name, np.int64).reshape(-1)
@@ -403,11 +418,24 @@ def _rollout_faults(table: pa.Table, manifest: RolloutManifest) -> dict[str, boo
         ),
         "an id is not in the vocabulary": bool(np.any((ids < 0) | (ids >= manifest.vocab_size))),
         "a sampled log-prob is above 0 or not finite": any(
-            not np.all(np.isfinite(values) & (values <= 1e-3))
+            not _are_logprobs(rollouts.flat_tokens(table, n, np.float32), masked)
             for n in ("behavior_logprobs", "sampling_logprobs")
-            for values in [rollouts.flat_tokens(table, n, np.float32)]
+            if n in table.column_names
         ),
+        "its columns are not those of its identity": bool(
+            manifest.identity.absent & set(table.column_names)
+        ),
+        "its content is not that of its identity": isinstance(identity, ImportIdentity)
+        and identity.content != manifest.content,
     }
+
+
+def _are_logprobs(values_T: NDArray[np.float32], masked_T: NDArray[np.bool_]) -> bool:
+    """Whether these can be log-probs of sampled tokens; those of masked tokens may be missing."""
+    if len(values_T) != len(masked_T):
+        return False
+    given = np.isfinite(values_T) & (values_T <= 1e-3)
+    return bool(np.all(given | (masked_T & np.isnan(values_T))))
 
 
 def _score_faults(
