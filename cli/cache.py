@@ -154,9 +154,9 @@ def import_(cache: str, file: str, student: str, out: str, task: str, shard_samp
     from pathlib import Path
 
     from ..importing import import_rollouts
+    from ..resolve import model_folder
     from ..runfile import local_model
-    from ..runfolder import model_folder
-    from ..schemas.config import ModelRef
+    from ..schemas.teachers import ModelRef
     from ..store.cache import Cache
     from .progress import make_progress
 

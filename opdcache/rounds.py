@@ -70,7 +70,7 @@ def _status(folder: RunFolder, config: RunConfig, step: Step, cache: Cache) -> S
             cached = sum(s.cached for s in found.shards)
             return _done(step, "shards", len(found.shards), cached, tokens, found.elapsed_s)
         case [TrainRound() as trained]:
-            updates = _num_updates(folder, config, step.round)
+            updates = -(-trained.num_samples // config.train.batch_samples)
             return _done(step, "updates", updates, 0, trained.num_tokens, trained.elapsed_s)
     sampled = [file for file in files if isinstance(file, RolloutRound | HeldOutRound)]
     if len(sampled) < len(files):

@@ -137,6 +137,9 @@ def _absolute(config: RunConfig, path: Path) -> RunConfig:
         "references": {name: teacher(scorer) for name, scorer in config.references.items()},
         "prompts": config.prompts.model_copy(update={"source": source(config.prompts.source)}),
     }
+    if config.rollouts is not None:
+        taken = {"from_": local(config.rollouts.from_)}
+        update["rollouts"] = config.rollouts.model_copy(update=taken)
     if config.evaluation is not None and config.evaluation.source is not None:
         held_out = {"source": source(config.evaluation.source)}
         update["evaluation"] = config.evaluation.model_copy(update=held_out)

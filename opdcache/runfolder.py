@@ -238,6 +238,16 @@ class RunContext:
         self.folder.need(TrainRound, round_index - 1)
         return self.folder.student_path(round_index)
 
+    def policy(self, round_index: int) -> str:
+        """Fingerprint of the policy that a round starts from.
+
+        Raises:
+            InputsMissing: the round before has not been trained.
+        """
+        if round_index == 0:
+            return self.resolved.student
+        return self.folder.need(TrainRound, round_index - 1).student
+
 
 def open_run(config: RunConfig, progress: Progress, worker: Worker) -> RunContext:
     """Resolve a run file, or check it against what the run resolved to when it began.
@@ -289,7 +299,7 @@ def _same(began: RunConfig, now: RunConfig, folder: RunFolder) -> None:
     may: dict[str, Any] = dict(_MAY_CHANGE)
     if began.train.optimizer.schedule != "constant":
         del may["rounds"]
-    old, new = (_flat(c.model_dump(mode="json", exclude=may)) for c in (began, now))
+    old, new = (_flat(c.model_dump(mode="json", exclude=may, by_alias=True)) for c in (began, now))
     changed = [name for name in {**new, **old} if old.get(name) != new.get(name)]
     if changed:
         raise RunChanged(
@@ -326,7 +336,7 @@ def _create(path: Path, value: Model, *, anew: bool = False) -> None:
     """Write a file whole, unless it is there or is to be written anew."""
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    draft.write_text(value.model_dump_json(indent=1) + "\n")
+    draft.write_text(value.model_dump_json(indent=1, by_alias=True) + "\n")
     if anew:
         draft.replace(path)
         return

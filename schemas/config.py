@@ -7,7 +7,7 @@ from pydantic import Field, JsonValue, model_validator
 from .base import Model
 from .columns import Compression, ScoreColumn
 from .losses import LossConfig, cell, refusal
-from .manifests import Sampling
+from .manifests import Quality, Sampling
 from .teachers import STUDENT, Dtype, HttpBackend, ModelRef, TeacherConfig
 
 
@@ -148,6 +148,16 @@ class RolloutConfig(Model):
     engine: dict[str, JsonValue] = Field({}, description="more vLLM engine arguments")
 
 
+class RolloutsFrom(Model):
+    """Rollouts that another run sampled, or that were imported."""
+
+    from_: str = Field(
+        alias="from",
+        description="output folder of a run, or of 'opdcache cache import': round r trains on its "
+        "round r; held-out prompts are still sampled from this run's student",
+    )
+
+
 class ScoreConfig(Model):
     """The score stage."""
 
@@ -208,6 +218,9 @@ class TrainConfig(Model):
     gradient_checkpointing: bool = Field(False, description="recompute activations")
     head_chunk_tokens: int = Field(1024, ge=1, description="tokens of one LM-head chunk")
     checkpoint_every: int = Field(50, ge=1, description="updates between checkpoints")
+    drop: tuple[Quality, ...] = Field(
+        (), description="completions that are left out, counted; they stay in the cache"
+    )
     fresh_optimizer: bool = Field(
         False, description="start each round's optimizer anew from the exported student"
     )
@@ -249,6 +262,9 @@ class RunConfig(Model):
     )
     prompts: PromptsConfig = Field(description="prompts and their schedule")
     rollout: RolloutConfig = Field(RolloutConfig(), description="rollout stage")
+    rollouts: RolloutsFrom | None = Field(
+        None, description="where completions are taken from, in place of sampling them"
+    )
     score: ScoreConfig = Field(ScoreConfig(), description="score stage")
     train: TrainConfig = Field(TrainConfig(), description="train stage")
     evaluation: EvaluationConfig | None = Field(None, description="held-out evaluation")

@@ -16,10 +16,11 @@ from opdcache.evaluate import _compare
 from opdcache.schemas.columns import ScoreColumn
 from opdcache.score.teacher import Ask, Sequences, in_order
 from opdcache.score.transformers_scorer import TransformersScorer
-from opdcache.store.cache import Cache, rollout_commit
+from opdcache.store.cache import Cache, as_listed, rollout_commit
 from opdcache.store.scores import Scores, StudentTopK, TopK
 from opdcache.train.samples import MicroBatch, RoundSamples
 
+from . import shards
 from .conftest import EOS_ID, TINY_VOCAB
 from .handmade import Row, commit_rollouts, commit_scores, rounds
 from .shards import stored
@@ -479,3 +480,25 @@ def test_an_evaluation_leaves_masked_tokens_out(tiny_student: Path, tiny_teacher
     assert len(compared(mask)) == 8
     assert float((halves - every).abs().max()) <= 1e-5
     assert len(compared(np.zeros(24, np.bool_))) == 0
+
+
+def test_samples_with_a_fault_that_is_to_be_dropped_are_named_with_the_first_that_they_have(
+    tmp_path: Path,
+) -> None:
+    store = Cache(str(tmp_path / "cache"))
+    loop = "the same line, said again and again\n" * 30
+    said = [("stop", "fine"), ("length", "fine"), ("stop", loop), ("length", loop)]
+    table = shards.table(*([1, 2] for _ in said))
+    for name, values in zip(("finish_reason", "text"), zip(*said, strict=True), strict=True):
+        column = table.column_names.index(name)
+        table = table.set_column(column, table.schema.field(name), [list(values)])
+    listed = [
+        as_listed(shards.commit_rollouts(store, str(i), table.slice(i, 2)), cached=False)
+        for i in (0, 2)
+    ]
+    samples = RoundSamples(store, *rounds(listed, [[], []]), K)
+    assert samples.unfit(()) == {}
+    assert samples.unfit(["truncated"]) == {1: "truncated", 3: "truncated"}
+    assert samples.unfit(["repetitive"]) == {2: "repetitive", 3: "repetitive"}
+    both = samples.unfit(["repetitive", "truncated"])
+    assert both == {1: "truncated", 2: "repetitive", 3: "truncated"}

@@ -70,7 +70,7 @@ def write_run(folder: Path, name: str, student: Path, teacher: Path, **changes: 
     config = CONFIG | models
     config["teacher"]["dtype"] = "float32"
     for part, values in changes.items():
-        config[part] = config[part] | values if isinstance(values, dict) else values
+        config[part] = config.get(part, {}) | values if isinstance(values, dict) else values
     path = folder / f"{name}.yaml"
     path.write_text(yaml.safe_dump(config))
     return path
@@ -466,3 +466,37 @@ def test_a_table_of_rollouts_has_no_list_without_its_tokens(finished: Path) -> N
         lengths = table.column("completion_token_ids").combine_chunks().value_lengths()
         for name in ("behavior_logprobs", "sampling_logprobs", "student_topk_ids"):
             assert table.column(name).combine_chunks().value_lengths() == lengths
+
+
+def test_imported_rollouts_are_scored_and_trained_on_without_an_engine_that_samples(
+    tmp_path: Path, tiny_student: Path, tiny_teacher: Path
+) -> None:
+    row = {"prompt_token_ids": [104, 105], "completion_token_ids": [97, 98, EOS_ID]}
+    rows = [row | {"loss_mask": [1, 0, 1]}, row, row | {"finish_reason": "length"}]
+    rows += [row | {"loss_mask": [0, 0, 0]}, row | {"completion_token_ids": []}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows))
+    command = ("cache", "import", tmp_path / "cache", tmp_path / "rows.jsonl")
+    done = opdcache(*command, "--student", tiny_student, "--out", tmp_path / "elsewhere")
+    assert done.returncode == 0, done.stderr
+    changes = {"rounds": 1, "evaluation": None, "rollouts": {"from": "elsewhere"}}
+    train = {"train": {"drop": ["truncated"]}}
+    done = opdcache(
+        "run", write_run(tmp_path, "first", tiny_student, tiny_teacher, **changes, **train)
+    )
+    assert done.returncode == 0, done.stderr
+    assert "vLLM" not in done.stderr
+    folder = RunFolder(tmp_path / "first")
+    trained = folder.need(TrainRound, 0)
+    assert (trained.num_samples, trained.num_tokens) == (4, 2 + 3)
+    assert trained.dropped == {
+        "truncated": 1,
+        "no supervised token": 1,
+        "empty completion": 1,
+    }
+    (metrics,) = folder.metrics()
+    assert metrics["num_tokens"] == 5
+    assert "ess" not in metrics
+    assert weights(folder.student_path(1)) != weights(tiny_student)
+    shown = opdcache("status", tmp_path / "first.yaml")
+    assert "1/1 updates" in shown.stdout
+    assert verify(Cache(str(tmp_path / "cache")), deep=True) == []

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from pydantic import JsonValue
 
+from .. import quality
 from ..errors import PromptError
 from ..identity import content_hash, derived_seed, digest, key_of, model_fingerprint
 from ..prompts import PromptSet, Request, Tokenizer, render, requests
@@ -27,6 +28,7 @@ from ..store.cache import Attempt, as_listed, rollout_commit
 from ..store.upkeep import quarantining
 from ..vllm_engine import RUNTIME_ARGUMENTS
 from .engine import Draw, Sampler
+from .taken import take
 
 _EVALUATION_ROUND = -1
 """Evaluation prompts are seeded alike in every round: students are compared on equal terms."""
@@ -100,6 +102,13 @@ def _run(
     before: Mapping[type[RoundFile], RoundFile | None],
 ) -> None:
     started = time.monotonic()
+    source = context.config.rollouts
+    if source is not None and RolloutRound in before:
+        taken = take(context, Path(source.from_), round_index)
+        context.folder.write(taken, anew=before[RolloutRound] is not None)
+        context.progress.say(f"round {round_index} rollout: those of {source.from_}")
+        if HeldOutRound not in before:
+            return
     plan = plan_round(context, round_index)
     tasks = plan.tasks
     context.cache.pin(context.resolved.run_id, "rollouts", tasks)
@@ -156,7 +165,7 @@ def plan_round(context: RunContext, round_index: int) -> RolloutPlan:
 
     chosen = RunPrompts(config)
     parts: dict[type[RolloutRound] | type[HeldOutRound], Part] = {}
-    if round_index < config.rounds:
+    if round_index < config.rounds and config.rollouts is None:
         asked, prompts = config.rollout, chosen.of_round(round_index)
         parts[RolloutRound] = part(prompts, asked.samples_per_prompt, asked.sampling, round_index)
     if evaluation is not None:
@@ -296,6 +305,7 @@ class _Generator:
             num_prompt_tokens=sum(len(draw.prompt_token_ids) for draw in draws),
             vocab_size=self._context.resolved.vocab_size,
             task=task.task,
+            quality=quality.counted((one.finish_reason, one.text) for one in drawn),
         )
 
     def close(self) -> None:

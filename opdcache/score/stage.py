@@ -159,9 +159,15 @@ def plan_round(context: RunContext, round_index: int) -> ScorePlan:
     rollouts = context.folder.need(RolloutRound, round_index).shards
     config, resolved = context.config, context.resolved
 
+    absent: set[ScoreColumn] = set()
+    if config.rollouts is not None and not _records_topk(context, rollouts):
+        absent.add("student_topk")
+
     def tasks(models: Sequence[Model]) -> tuple[ScoreTask, ...]:
-        pairs = zip(rollouts, models, strict=True)
-        return tuple(_task(context, rollout, model) for rollout, model in pairs)
+        return tuple(
+            _task(context, rollout, model, config.columns_of(model.config) - absent)
+            for rollout, model in zip(rollouts, models, strict=True)
+        )
 
     by_task = {
         task: _model(config.teacher_of(task), resolved.teacher_of(task))
@@ -172,6 +178,12 @@ def plan_round(context: RunContext, round_index: int) -> ScorePlan:
         tasks([by_task[shard.task] for shard in rollouts]),
         {name: tasks([model] * len(rollouts)) for name, model in references.items()},
     )
+
+
+def _records_topk(context: RunContext, rollouts: Sequence[RolloutShard]) -> bool:
+    """Whether rollouts that were taken from elsewhere record the student's likeliest ids."""
+    manifests = context.cache.objects.each(context.cache.need_rollouts, rollouts)
+    return all(manifest.identity.student_topk for manifest in manifests)
 
 
 def _reference(context: RunContext, name: str, round_index: int) -> Model:
@@ -187,14 +199,16 @@ def _model(config: TeacherConfig, fingerprint: str) -> Model:
     return Model(config, fingerprint, Rendering(config))
 
 
-def _task(context: RunContext, rollout: RolloutShard, model: Model) -> ScoreTask:
+def _task(
+    context: RunContext, rollout: RolloutShard, model: Model, columns: frozenset[ScoreColumn]
+) -> ScoreTask:
     score = context.config.score
     need = ScoreRequirement(
         teacher=model.fingerprint,
         rendering=model.rendering.key(context.cache, rollout),
         dtype=model.config.dtype,
         arguments=model_arguments(model.config),
-        columns=context.config.columns_of(model.config),
+        columns=columns,
         k=score.k,
         mass=score.mass,
         num_ids=context.resolved.vocab_size,

@@ -7,7 +7,7 @@ Legend: B sequences, L padded length, T completion tokens of the micro-batch, K 
 S recorded student entries.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -17,6 +17,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..quality import faults
+from ..schemas.manifests import Quality
 from ..schemas.rounds import RolloutRound, ScoreRound
 from ..store import rollouts as shards
 from ..store.cache import Cache
@@ -131,6 +133,24 @@ class RoundSamples:
         shard, row = self._place(sample)
         empty = not len(self._shard(shard).completions[row])
         return "empty completion" if empty else "no supervised token"
+
+    def unfit(self, drop: Collection[Quality]) -> dict[int, Quality]:
+        """Samples that have one of these faults, each with the first that it has."""
+        if not drop:
+            return {}
+        texts = (pair for shard in range(len(self._rollouts)) for pair in self._texts(shard))
+        found = {}
+        for sample, (finish_reason, text) in enumerate(texts):
+            mine = [fault for fault in faults(finish_reason, text) if fault in drop]
+            if mine:
+                found[sample] = mine[0]
+        return found
+
+    def _texts(self, index: int) -> Iterator[tuple[str, str]]:
+        """Finish reason and text of a shard's completions."""
+        table = self._cache.read_rollouts(self._cache.need_rollouts(self._rollouts[index]))
+        columns = (table.column(name).to_pylist() for name in ("finish_reason", "text"))
+        return zip(*columns, strict=True)
 
     def where(self, sample: int) -> str:
         """A sample's place in the cache, for people."""

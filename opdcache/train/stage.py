@@ -9,10 +9,11 @@ from dataclasses import replace
 
 import torch
 
-from ..errors import EngineError, Held, InputsMissing, Interrupted, RunChanged
+from ..errors import ConfigError, EngineError, Held, InputsMissing, Interrupted, RunChanged
 from ..identity import digest, model_fingerprint
 from ..runfolder import RunContext
 from ..schemas.rounds import RolloutRound, ScoreRound, TrainRound
+from ..served import refuse_unserved
 from ..stage import interrupts
 from ..store.upkeep import quarantining
 from .learner import Learner, Position, Saved
@@ -79,11 +80,12 @@ class _Training:
         self._loss, self._train = config.train.loss, config.train
         rollouts = folder.need(RolloutRound, round_index)
         scores = folder.need(ScoreRound, round_index)
+        refuse_unserved(context, rollouts)
         self._contents = digest([shard.content for shard in rollouts.shards])
         self._samples = RoundSamples(
             context.cache, rollouts, scores, self._loss.k, config.score.mass
         )
-        self._order = self._samples.order(config.seed, round_index, self._train.epochs)
+        self._order, self._unfit = self._ordered()
         self._num_updates = -(-len(self._order) // self._train.batch_samples)
         context.progress.say(f"starting DeepSpeed for {context.student(round_index).name}")
         self.learner = Learner(
@@ -96,8 +98,26 @@ class _Training:
 
     @property
     def dropped(self) -> dict[str, int]:
-        """Samples that could not be trained on, by reason."""
-        return dict(Counter(why for i in self._order if (why := self._samples.why_dropped(i))))
+        """Samples that were not trained on, by reason."""
+        nothing = Counter(why for i in self._order if (why := self._samples.why_dropped(i)))
+        return {**self._unfit, **nothing}
+
+    def _ordered(self) -> tuple[list[int], Counter[str]]:
+        """Samples in training order, and counts of those that ``train.drop`` leaves out.
+
+        Raises:
+            ConfigError: it leaves none.
+        """
+        whole = self._samples.order(self._context.config.seed, self._round, self._train.epochs)
+        unfit = self._samples.unfit(self._train.drop)
+        order = [i for i in whole if i not in unfit]
+        if whole and not order:
+            raise ConfigError(
+                "train.drop leaves no sample of the round",
+                where=self._context.folder.path,
+                remedy="drop less, or raise rollout.sampling.max_tokens",
+            )
+        return order, Counter(unfit[i] for i in whole if i in unfit)
 
     def updates(self) -> Position:
         """Do the updates that are left; ends with a checkpoint at the round's end."""
