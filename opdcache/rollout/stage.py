@@ -5,7 +5,7 @@ engine start. One shard holds one task and is generated as one batch of requests
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -152,9 +152,25 @@ def plan_round(context: RunContext, round_index: int) -> RolloutPlan:
         InputsMissing: the round before has not been trained.
         PromptError: the prompts cannot be read, or none is left.
     """
-    config, evaluation = context.config, context.config.evaluation
     student = context.student(round_index)
     fingerprint = model_fingerprint(student, context.folder.hashes)
+    (plan,) = plan_rounds(context, student, fingerprint, [round_index])
+    return plan
+
+
+def plan_rounds(
+    context: RunContext, student: Path, fingerprint: str, rounds: Sequence[int]
+) -> Iterator[RolloutPlan]:
+    """The shard tasks of rounds, were one policy to sample them all; prompts are read once.
+
+    Args:
+        student: folder of the policy's tokenizer.
+        fingerprint: of the policy. Another one makes other keys and nothing else.
+
+    Raises:
+        PromptError: the prompts cannot be read, or none is left.
+    """
+    config, evaluation = context.config, context.config.evaluation
     tokenizer = load_tokenizer(student)
 
     def part(prompts: PromptSet, samples: int, sampling: Sampling, seeded_round: int) -> Part:
@@ -163,16 +179,18 @@ def plan_round(context: RunContext, round_index: int) -> RolloutPlan:
         policy = _Policy(fingerprint, tokenizer.eos_token_id, sampling)
         return Part(tuple(_task(context, policy, b, seeded_round) for b in batches), dropped)
 
-    chosen = RunPrompts(config)
-    parts: dict[type[RolloutRound] | type[HeldOutRound], Part] = {}
-    if round_index < config.rounds and config.rollouts is None:
-        asked, prompts = config.rollout, chosen.of_round(round_index)
-        parts[RolloutRound] = part(prompts, asked.samples_per_prompt, asked.sampling, round_index)
+    asked, chosen = config.rollout, RunPrompts(config)
+    fresh: dict[type[RolloutRound] | type[HeldOutRound], Part] = {}
     if evaluation is not None:
-        parts[HeldOutRound] = part(
+        fresh[HeldOutRound] = part(
             chosen.held_out, evaluation.samples_per_prompt, evaluation.sampling, _EVALUATION_ROUND
         )
-    return RolloutPlan(student, fingerprint, parts)
+    for index in rounds:
+        training: dict[type[RolloutRound] | type[HeldOutRound], Part] = {}
+        if index < config.rounds and config.rollouts is None:
+            prompts = chosen.of_round(index)
+            training[RolloutRound] = part(prompts, asked.samples_per_prompt, asked.sampling, index)
+        yield RolloutPlan(student, fingerprint, training | fresh)
 
 
 def _requests(
