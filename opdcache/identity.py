@@ -91,10 +91,15 @@ def vocabulary_difference(student: Mapping[str, int], teacher: Mapping[str, int]
 
 
 class FileHashes:
-    """SHA-256 of files, remembered by path, size and modification time in a small JSON file."""
+    """SHA-256 of files, remembered by path, size and modification time in a small JSON file.
 
-    def __init__(self, remembered: Path | None = None) -> None:
-        self._file = remembered
+    Args:
+        remembered: the file.
+        writes: what is new is remembered; else the file is read only.
+    """
+
+    def __init__(self, remembered: Path | None = None, *, writes: bool = True) -> None:
+        self._file = remembered if writes else None
         self._known: dict[str, list[Any]] = {}
         if remembered is not None and remembered.exists():
             self._known = json.loads(remembered.read_text())

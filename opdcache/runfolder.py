@@ -59,10 +59,14 @@ _MAY_CHANGE: Mapping[str, Any] = {
 
 
 class RunFolder:
-    """Paths and files of one run."""
+    """Paths and files of one run.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    Args:
+        writes: hashes of model files are remembered in the folder.
+    """
+
+    def __init__(self, path: Path, *, writes: bool = True) -> None:
+        self.path, self._writes = path, writes
 
     def round_path(self, round_index: int) -> Path:
         """Folder of a round's files."""
@@ -103,7 +107,7 @@ class RunFolder:
     @property
     def hashes(self) -> FileHashes:
         """Hashes of model files, remembered in this folder."""
-        return FileHashes(self.path / "file-hashes.json")
+        return FileHashes(self.path / "file-hashes.json", writes=self._writes)
 
     def find(self, kind: type[AnyRound], round_index: int) -> AnyRound | None:
         """A round's file; None when that stage is not done."""
@@ -249,8 +253,13 @@ class RunContext:
         return self.folder.need(TrainRound, round_index - 1).student
 
 
-def open_run(config: RunConfig, progress: Progress, worker: Worker) -> RunContext:
+def open_run(
+    config: RunConfig, progress: Progress, worker: Worker, *, writes: bool = True
+) -> RunContext:
     """Resolve a run file, or check it against what the run resolved to when it began.
+
+    Args:
+        writes: the run begins; else it is looked at, and nothing is written.
 
     Raises:
         ModelError: a model is missing or incomplete.
@@ -258,14 +267,15 @@ def open_run(config: RunConfig, progress: Progress, worker: Worker) -> RunContex
         RunChanged: the run file or a model is not what the run began with.
     """
     assert config.output is not None
-    folder = RunFolder(Path(config.output))
+    folder = RunFolder(Path(config.output), writes=writes)
     began = folder.resolved()
     if began is not None:
         _same(began.config, config, folder)
     now = resolve(config, folder.hashes, began)
     if began is None:
-        _create(folder.path / "resolved.json", now)
-        began = folder.resolved()
+        if writes:
+            _create(folder.path / "resolved.json", now)
+        began = folder.resolved() if writes else now
         assert began is not None
     for name, then in _identities(began).items():
         if then != (found := _identities(now).get(name)):
@@ -277,7 +287,8 @@ def open_run(config: RunConfig, progress: Progress, worker: Worker) -> RunContex
                 remedy="restore it, or give the run another output folder",
             )
     resolved = began.model_copy(update={"config": config})
-    return RunContext(resolved, folder, Cache(config.cache), progress, worker)
+    cache = Cache(config.cache) if writes else Cache.there(config.cache)
+    return RunContext(resolved, folder, cache, progress, worker)
 
 
 def _identities(resolved: Resolved) -> dict[str, str]:

@@ -43,7 +43,7 @@ from ..schemas.rounds import RolloutShard, ServedColumns
 from . import rollouts, scores
 from .claims import Claims
 from .files import REMEDY, CheckedFile, begin, object_entry
-from .objects import ObjectStore
+from .objects import ObjectStore, is_local, local_folder
 from .rollouts import OpenRollouts
 
 AnyManifest = TypeVar("AnyManifest", RolloutManifest, ScoreManifest)
@@ -94,6 +94,12 @@ class Cache:
     def __init__(self, url: str) -> None:
         self.objects = ObjectStore(url)
         self.claims = Claims(self.objects)
+
+    @classmethod
+    def there(cls, url: str) -> "Cache":
+        """The cache of a URL for looking; an empty one where there is no folder, made nowhere."""
+        is_there = not is_local(url) or local_folder(url).is_dir()
+        return cls(url if is_there else "memory://")
 
     def rollouts(self, key: str) -> RolloutManifest | None:
         """The committed rollout shard of a key, if there is one."""

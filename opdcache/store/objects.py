@@ -71,10 +71,10 @@ class ObjectStore:
         with _errors(url):
             if url.startswith("memory://"):
                 self._store: obstore.store.ObjectStore = MemoryStore()
-            elif "://" in url and not url.startswith("file://"):
+            elif not is_local(url):
                 self._store = from_url(url, retry_config=_PATIENCE)
             else:
-                self._folder = Path(url.removeprefix("file://")).resolve()
+                self._folder = local_folder(url)
                 self._store = LocalStore(self._folder, mkdir=True)
 
     def each(self, do: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
@@ -190,6 +190,16 @@ class ObjectStore:
     def at(self, path: str) -> str:
         """Where an object is, for people."""
         return f"{self.url.rstrip('/')}/{path}"
+
+
+def is_local(url: str) -> bool:
+    """Whether a URL is a folder of this machine."""
+    return "://" not in url or url.startswith("file://")
+
+
+def local_folder(url: str) -> Path:
+    """The folder of a local URL."""
+    return Path(url.removeprefix("file://")).resolve()
 
 
 def _info(meta: "obstore.ObjectMeta") -> ObjectInfo:
