@@ -3,12 +3,13 @@
 import difflib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
 from .errors import ConfigError
+from .schemas.base import Model
 from .schemas.config import (
     HuggingFaceSource,
     JsonlSource,
@@ -17,7 +18,10 @@ from .schemas.config import (
     ReasoningGymSource,
     RunConfig,
 )
+from .schemas.plan import Rates
 from .schemas.teachers import STUDENT, HttpBackend, TeacherConfig
+
+AnyModel = TypeVar("AnyModel", bound=Model)
 
 
 def load_run(path: Path) -> RunConfig:
@@ -26,13 +30,26 @@ def load_run(path: Path) -> RunConfig:
     Raises:
         ConfigError: the file is missing, not YAML, or not a valid run; names the key at fault.
     """
+    remedy = "give the path of a run.yaml ('opdcache demo' writes one)"
+    return _absolute(_load(path, RunConfig, "run file", remedy), path)
+
+
+def load_rates(path: Path) -> Rates:
+    """A file of rates, completion tokens a second of a stage.
+
+    Raises:
+        ConfigError: the file is missing, not YAML, or has other keys or values that are no rate.
+    """
+    return _load(path, Rates, "rates file", "a line is such as 'score: 850'")
+
+
+def _load(path: Path, kind: type[AnyModel], what: str, remedy: str) -> AnyModel:
+    """A YAML file that says what a model does."""
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(
-            f"run file cannot be read: {error.strerror}",
-            where=path,
-            remedy="give the path of a run.yaml ('opdcache demo' writes one)",
+            f"{what} cannot be read: {error.strerror}", where=path, remedy=remedy
         ) from error
     except UnicodeDecodeError as error:
         raise ConfigError("not UTF-8 text", where=path) from error
@@ -43,22 +60,21 @@ def load_run(path: Path) -> RunConfig:
             f"not YAML: {getattr(error, 'problem', error)}", where=f"{path}{line}"
         ) from error
     if not isinstance(raw, dict):
-        raise ConfigError("a run file is a mapping", where=path, got=type(raw).__name__)
+        raise ConfigError(f"a {what} is a mapping", where=path, got=type(raw).__name__)
     try:
-        config = RunConfig.model_validate(raw)
+        return kind.model_validate(raw)
     except ValidationError as error:
-        raise _explain(error, path) from error
-    return _absolute(config, path)
+        raise _explain(error, path, kind) from error
 
 
-def _explain(error: ValidationError, path: Path) -> ConfigError:
+def _explain(error: ValidationError, path: Path, kind: type[Model]) -> ConfigError:
     """The first fault as one line; a misspelt key, with its near match, before what it left out."""
     faults = sorted(error.errors(), key=lambda fault: fault["type"] != "extra_forbidden")
     first, rest = faults[0], len(faults) - 1
     loc = [str(part) for part in first["loc"]]
     more = f" ({rest} more)" if rest else ""
     if first["type"] == "extra_forbidden":
-        known = _known_keys(loc[:-1])
+        known = _known_keys(kind, loc[:-1])
         near = difflib.get_close_matches(loc[-1], known, n=1)
         remedy = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
         return ConfigError(f"unknown key {'.'.join(loc)!r}{more}", where=path, remedy=remedy)
@@ -70,9 +86,9 @@ def _explain(error: ValidationError, path: Path) -> ConfigError:
     return ConfigError(f"{place}{message}{more}", where=path, got=got)
 
 
-def _known_keys(loc: Iterable[str]) -> list[str]:
-    """Field names at a place of the run file; unions are searched by their discriminator."""
-    models: list[type[BaseModel]] = [RunConfig]
+def _known_keys(kind: type[Model], loc: Iterable[str]) -> list[str]:
+    """Field names at a place of the file; unions are searched by their discriminator."""
+    models: list[type[BaseModel]] = [kind]
     for part in loc:
         named = [m.model_fields[part].annotation for m in models if part in m.model_fields]
         if named:

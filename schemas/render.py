@@ -7,6 +7,7 @@ from pathlib import Path
 from .base import Model
 from .config import RunConfig
 from .manifests import RolloutManifest, ScoreManifest
+from .plan import Plan, Rates
 from .rounds import (
     EvaluationRound,
     HeldOutRound,
@@ -26,6 +27,8 @@ DOCUMENTS: dict[str, type[Model]] = {
     "score-round": ScoreRound,
     "train-round": TrainRound,
     "evaluation-round": EvaluationRound,
+    "plan": Plan,
+    "rates": Rates,
 }
 
 

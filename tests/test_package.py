@@ -150,8 +150,15 @@ def test_the_contract_imports_nothing_outside_itself() -> None:
             ("opdcache.stage", "opdcache.heads", "opdcache.runfile"),
             ("rollout", "score", "train", "rounds", "cli", "jobs"),
         ),
-        (("opdcache.rollout", "opdcache.score", "opdcache.train"), ("rounds", "cli", "jobs")),
-        (("opdcache.rounds", "opdcache.evaluate"), ("cli", "jobs")),
+        (
+            ("opdcache.rollout", "opdcache.score", "opdcache.train"),
+            ("rounds", "planner", "planned", "measured", "costs", "cli", "jobs"),
+        ),
+        (("opdcache.rounds", "opdcache.evaluate"), ("planner", "cli", "jobs")),
+        (
+            ("opdcache.planner", "opdcache.planned", "opdcache.measured", "opdcache.costs"),
+            ("cli", "jobs"),
+        ),
         (
             (
                 "opdcache.data",
@@ -229,7 +236,9 @@ def test_help_needs_no_engine() -> None:
     done = opdcache("--help")
 
     assert (done.returncode, done.stderr) == (0, "")
-    for command in ("run", "rollout", "score", "train", "evaluate", "status", "cache", "demo"):
+    for command in (
+        *("run", "plan", "rollout", "score", "train", "evaluate", "status", "cache", "demo"),
+    ):
         assert f"\n  {command} " in done.stdout
 
 
@@ -253,7 +262,7 @@ for name in cli.commands:
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
 
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.count("Usage: ") == 8
+    assert done.stdout.count("Usage: ") == 9
 
 
 def test_status_needs_no_engine(run_yaml: Path) -> None:

@@ -99,7 +99,7 @@ def run(context: RunContext, round_index: int) -> ScoreRound:
 def _run(context: RunContext, round_index: int, *, anew: bool) -> ScoreRound:
     started = time.monotonic()
     need_compression(context.config.score.compression)
-    plan = plan_round(context, round_index)
+    plan = plan_shards(context, context.folder.need(RolloutRound, round_index).shards, round_index)
     tasks = plan.tasks
     found = {key: context.cache.serve(t.rollout.content, t.need) for key, t in tasks.items()}
     serving = [manifest.key for sets in found.values() for manifest, _ in sets or ()]
@@ -149,14 +149,14 @@ def _run(context: RunContext, round_index: int, *, anew: bool) -> ScoreRound:
     return context.folder.need(ScoreRound, round_index)
 
 
-def plan_round(context: RunContext, round_index: int) -> ScorePlan:
+def plan_shards(
+    context: RunContext, rollouts: Sequence[RolloutShard], round_index: int
+) -> ScorePlan:
     """The score sets that this run would make of a round's rollouts.
 
     Raises:
-        InputsMissing: the round has no rollouts yet.
         PromptError: a teacher's prompt cannot be made of a shard's.
     """
-    rollouts = context.folder.need(RolloutRound, round_index).shards
     config, resolved = context.config, context.resolved
 
     absent: set[ScoreColumn] = set()
