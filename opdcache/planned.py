@@ -206,7 +206,7 @@ class Rounds:
     def _shards(self, kind: type[AnySampled], index: int, part: Part) -> list[Shard]:
         """The shards of a part of a round: those pinned when it was sampled, else its tasks."""
         shards = {task.key: self._to_make(task, self.lengths[kind]) for task in part.tasks}
-        pinned = self._context.folder.find(kind, index)
+        pinned = self._context.folder.find(kind, index) or self._taken(kind, index)
         if pinned is not None:
             listed = {
                 s.key: Shard(s.task, s.num_rows, 0, s.num_tokens, s.num_tokens)
@@ -221,6 +221,13 @@ class Rounds:
             _made(found[key], scored.get(key)) if key in found else shard
             for key, shard in shards.items()
         ]
+
+    def _taken(self, kind: type[AnySampled], index: int) -> AnySampled | None:
+        """The round of another run that this one is to train on, if it is there yet."""
+        taken = self._context.config.rollouts
+        if taken is None or kind is not RolloutRound:
+            return None
+        return RunFolder(Path(taken.from_), writes=False).find(kind, index)
 
     def _to_make(self, task: RolloutTask, lengths: Lengths) -> Shard:
         room = self._context.config.rollout.engine.get("max_model_len")

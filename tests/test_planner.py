@@ -107,7 +107,7 @@ def make(
 
 def score(context: RunContext, rollouts: RolloutManifest, k: int = 4) -> int:
     """Commit what the run needs of a shard's scores; gives its bytes."""
-    columns = sorted(context.config.score_columns)
+    columns = sorted(context.config.columns_of(context.config.teacher))
     manifest = shards.commit_scores(
         context.cache,
         rollouts,
