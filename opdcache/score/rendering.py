@@ -52,17 +52,23 @@ class Rendering:
         if own is None:
             return shards.token_lists(table, "prompt_token_ids")
         names = [n for n in ("rollout_id", "messages", "answer", "task") if n in table.column_names]
-        rows = [_prompt(row, own) for row in table.select(names).to_pylist()]
-        distinct = {prompt.prompt_id: prompt for prompt in rows}
-        rendered = {
-            one.prompt.prompt_id: np.asarray(one.token_ids, np.int32)
-            for one in render(distinct.values(), own, self._tokenizer)
-        }
-        return [rendered[prompt.prompt_id] for prompt in rows]
+        rows = table.select(names).to_pylist()
+        distinct: dict[tuple[str | None, str | None], dict[str, str | None]] = {}
+        for row in rows:
+            distinct.setdefault(_asked(row), row)
+        made = render([_prompt(row, own) for row in distinct.values()], own, self._tokenizer)
+        ids = [np.asarray(one.token_ids, np.int32) for one in made]
+        rendered = dict(zip(distinct, ids, strict=True))
+        return [rendered[_asked(row)] for row in rows]
 
     @cached_property
     def _tokenizer(self) -> Tokenizer:
         return load_tokenizer(tokenizer_folder(self._config))
+
+
+def _asked(row: dict[str, str | None]) -> tuple[str | None, str | None]:
+    """What a row's prompt is made of: alike for a prompt's completions."""
+    return row.get("messages"), row.get("answer")
 
 
 def _prompt(row: dict[str, str | None], own: TeacherPrompt) -> Prompt:
@@ -85,8 +91,9 @@ def _prompt(row: dict[str, str | None], own: TeacherPrompt) -> Prompt:
         role, content = messages[-1]
         parts = {"{prompt}": content, "{answer}": answer or ""}
         messages[-1] = (role, _filled(own.context, parts))
-    name = digest([messages])
-    return Prompt(name, tuple(messages), str(row["task"]), answer, name)
+    return Prompt(
+        str(row["rollout_id"]), tuple(messages), str(row["task"]), answer, digest(messages)
+    )
 
 
 def _filled(text: str, parts: dict[str, str]) -> str:
