@@ -3,7 +3,7 @@
 import difflib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -89,10 +89,13 @@ def _explain(error: ValidationError, path: Path, kind: type[Model]) -> ConfigErr
 def _known_keys(kind: type[Model], loc: Iterable[str]) -> list[str]:
     """Field names at a place of the file; unions are searched by their discriminator."""
     models: list[type[BaseModel]] = [kind]
-    for part in loc:
+    place = iter(loc)
+    for part in place:
         named = [m.model_fields[part].annotation for m in models if part in m.model_fields]
         if named:
             models = [m for annotation in named for m in _models(annotation)]
+            if dict in map(get_origin, named):
+                next(place, None)  # a name that is the user's own
         else:
             models = [m for m in models if _tag(m) == part] or models
     fields = (item for model in models for item in model.model_fields.items())

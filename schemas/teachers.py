@@ -84,6 +84,12 @@ class TeacherPrompt(Model):
             raise ValueError("teacher.prompt.context: say where the prompt goes, with {prompt}")
         return self
 
+    @model_validator(mode="after")
+    def _a_system_message_is_of_a_chat(self) -> Self:
+        if self.system is not None and self.template == "raw":
+            raise ValueError("teacher.prompt.system: a raw prompt has no system message")
+        return self
+
 
 STUDENT = "@student"
 """As a reference's model: the policy that sampled the round."""

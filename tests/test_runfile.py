@@ -25,6 +25,7 @@ from opdcache.schemas.losses import (
     cell,
     refusal,
 )
+from opdcache.schemas.teachers import STUDENT, HttpBackend, TeacherConfig, TransformersBackend
 
 MINIMAL: dict[str, Any] = {
     "student": {"model": "models/student"},
@@ -440,3 +441,231 @@ def test_the_student_s_entries_are_not_scored_when_none_are_recorded(tmp_path: P
     config = load(tmp_path, {"rollout.student_topk": 0})
 
     assert config.columns_of(config.teacher) == {"sampled", "entropy", "topk"}
+
+
+HTTP = {
+    "type": "http",
+    "url": "http://teacher:8000",
+    "tokenizer": "models/tokens",
+    "budget_tokens": 10**6,
+}
+SERVED = {"model": "big", "revision": "2", "backend": HTTP}
+VLLM = {"model": "models/big", "backend": {"type": "vllm"}}
+SAMPLED = {"support": "sampled", "normalisation": "none"}
+STUDENT_TOPK = {"support": "student_topk"}
+
+
+def test_a_run_file_without_a_backend_is_scored_with_transformers_and_as_sampled(
+    tmp_path: Path,
+) -> None:
+    config = load(tmp_path)
+
+    assert config.teacher == TeacherConfig(
+        model=str(tmp_path / "models" / "teacher"),
+        revision=None,
+        dtype="bfloat16",
+        backend=TransformersBackend(),
+        prompt=None,
+    )
+    assert (config.teachers, config.references) == ({}, {})
+
+
+@pytest.mark.parametrize("part", ["teachers.maths", "references.base"])
+def test_more_models_are_teachers_like_the_first(tmp_path: Path, part: str) -> None:
+    config = load(tmp_path, {part: {"model": "x/y", "dtype": "float32"}})
+
+    assert config.model_dump()[part.split(".")[0]][part.split(".")[1]]["dtype"] == "float32"
+
+
+@pytest.mark.parametrize(
+    ("teacher", "columns"),
+    [
+        ({"model": "m"}, {"sampled", "entropy", "topk", "student_topk"}),
+        (VLLM, {"sampled", "topk"}),
+        (SERVED, {"sampled", "topk"}),
+        (
+            {"model": "m", "backend": {"type": "vllm", "gathers_ids": True}},
+            {"sampled", "topk", "student_topk"},
+        ),
+    ],
+)
+def test_columns_that_a_backend_cannot_give_are_left_out_by_default(
+    tmp_path: Path, teacher: dict[str, Any], columns: set[str]
+) -> None:
+    config = load(tmp_path, {"teacher": teacher})
+
+    assert config.columns_of(config.teacher) == columns
+
+
+@pytest.mark.parametrize("part", ["teacher", "teachers.maths", "references.base"])
+@pytest.mark.parametrize(("model", "kind"), [(VLLM, "vllm"), (SERVED, "http")])
+def test_columns_that_a_backend_cannot_give_are_refused_by_name(
+    tmp_path: Path, part: str, model: dict[str, Any], kind: str
+) -> None:
+    said = fault(run_file(tmp_path, {part: model, "score.columns": ["topk", "entropy"]}))
+
+    assert f"a {kind} teacher cannot give 'entropy', only sampled, topk" in said
+
+
+def test_draws_of_a_teacher_that_gives_none_are_refused(tmp_path: Path) -> None:
+    said = fault(run_file(tmp_path, {"teacher": VLLM, "score.draws": 4}))
+
+    assert "a vllm teacher cannot give 'draws'" in said
+
+
+@pytest.mark.parametrize("part", ["teacher", "teachers.maths"])
+@pytest.mark.parametrize("model", [VLLM, SERVED])
+def test_a_loss_that_one_teacher_cannot_serve_is_refused(
+    tmp_path: Path, part: str, model: dict[str, Any]
+) -> None:
+    said = fault(run_file(tmp_path, {part: model, "train.loss": STUDENT_TOPK}))
+
+    assert "needs the score column student_topk" in said
+    assert "take a backend that gives it" in said
+
+
+def test_a_loss_needs_nothing_of_a_reference(tmp_path: Path) -> None:
+    changes = {"references.base": VLLM, "train.loss": STUDENT_TOPK}
+
+    assert load(tmp_path, changes).references["base"].backend.type == "vllm"
+
+
+@pytest.mark.parametrize("loss", [SAMPLED, {"support": "overlap"}])
+@pytest.mark.parametrize("model", [VLLM, SERVED])
+def test_every_other_loss_is_served_by_every_backend(
+    tmp_path: Path, model: dict[str, Any], loss: dict[str, Any]
+) -> None:
+    assert load(tmp_path, {"teacher": model, "train.loss": loss}).teacher.model.endswith("big")
+
+
+@pytest.mark.parametrize(
+    ("backend", "said"),
+    [
+        ({**HTTP, "budget_tokens": None}, "budget_tokens"),
+        ({k: v for k, v in HTTP.items() if k != "budget_tokens"}, "budget_tokens: Field required"),
+        ({**HTTP, "budget_tokens": 0}, "budget_tokens"),
+        ({k: v for k, v in HTTP.items() if k != "url"}, "url: Field required"),
+        ({k: v for k, v in HTTP.items() if k != "tokenizer"}, "tokenizer: Field required"),
+        ({**HTTP, "concurrency": 0}, "concurrency"),
+        ({"type": "sglang"}, "'transformers', 'vllm', 'http'"),
+    ],
+)
+def test_a_backend_that_lacks_something_is_refused_by_its_key(
+    tmp_path: Path, backend: dict[str, Any], said: str
+) -> None:
+    assert said in fault(run_file(tmp_path, {"teacher": SERVED | {"backend": backend}}))
+
+
+def test_a_served_teacher_needs_a_declared_version(tmp_path: Path) -> None:
+    served = {name: value for name, value in SERVED.items() if name != "revision"}
+
+    assert "a served model needs a declared version" in fault(
+        run_file(tmp_path, {"teacher": served})
+    )
+
+
+@pytest.mark.parametrize("url", ["http://me:secret@teacher:8000", "https://secret@teacher"])
+def test_credentials_in_a_url_are_refused_and_not_repeated(tmp_path: Path, url: str) -> None:
+    said = fault(run_file(tmp_path, {"teacher": SERVED | {"backend": HTTP | {"url": url}}}))
+
+    assert "name the variable that holds the key in api_key_variable" in said
+    assert "secret" not in said
+
+
+@pytest.mark.parametrize("part", ["teacher", "teachers.maths"])
+def test_the_student_is_no_teacher(tmp_path: Path, part: str) -> None:
+    said = fault(run_file(tmp_path, {part: {"model": STUDENT}}))
+
+    assert "@student can only be a reference" in said
+
+
+def test_the_student_may_be_a_reference_that_is_not_served(tmp_path: Path) -> None:
+    assert load(tmp_path, {"references.policy.model": STUDENT}).references["policy"].model == (
+        STUDENT
+    )
+    served = SERVED | {"model": STUDENT}
+    assert "@student is not served by http" in fault(
+        run_file(tmp_path, {"references.policy": served})
+    )
+
+
+@pytest.mark.parametrize("part", ["teacher", "teachers.maths"])
+def test_an_evaluation_of_a_served_teacher_is_refused(tmp_path: Path, part: str) -> None:
+    changes = {part: SERVED, "evaluation": {"source": {"type": "jsonl", "path": "held-out"}}}
+
+    assert "it compares whole distributions" in fault(run_file(tmp_path, changes))
+
+
+def test_an_evaluation_does_not_mind_a_served_reference(tmp_path: Path) -> None:
+    changes = {
+        "references.base": SERVED,
+        "evaluation": {"source": {"type": "jsonl", "path": "held-out"}},
+    }
+
+    assert load(tmp_path, changes).evaluation is not None
+
+
+@pytest.mark.parametrize("context", ["The answer is {answer}.", "{ prompt }", ""])
+def test_context_that_does_not_say_where_the_prompt_goes_is_refused(
+    tmp_path: Path, context: str
+) -> None:
+    said = fault(run_file(tmp_path, {"teacher.prompt": {"context": context}}))
+
+    assert "say where the prompt goes, with {prompt}" in said
+
+
+def test_a_system_message_of_a_raw_prompt_is_refused(tmp_path: Path) -> None:
+    said = fault(run_file(tmp_path, {"teacher.prompt": {"template": "raw", "system": "S"}}))
+
+    assert "teacher.prompt.system: a raw prompt has no system message" in said
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "near"),
+    [
+        ("teacher.backend", {"type": "vllm", "engin": {}}, "engine"),
+        ("teacher.backend", {"type": "transformers", "argument": {}}, "arguments"),
+        ("teacher.backend", {**HTTP, "concurency": 2}, "concurrency"),
+        ("teachers.maths", {"model": "m", "backend": {"type": "vllm", "engin": {}}}, "engine"),
+        ("references.base", {"model": "m", "backned": {}}, "backend"),
+        ("teacher.prompt", {"contxt": "{prompt}"}, "context"),
+        ("teachers.model", {"model": "m", "dtpye": "float32"}, "dtype"),
+    ],
+)
+def test_a_misspelt_key_of_a_teacher_gets_its_near_match(
+    tmp_path: Path, place: str, value: dict[str, Any], near: str
+) -> None:
+    changes = {"teacher.revision": "1", place: value}
+
+    assert f"did you mean {near!r}?" in fault(run_file(tmp_path, changes))
+
+
+def test_a_backend_does_not_offer_the_keys_of_another_kind(tmp_path: Path) -> None:
+    said = fault(run_file(tmp_path, {"teacher.backend": {"type": "vllm", "url_": "x"}}))
+
+    assert said.endswith("known keys: engine, gathers_ids, type")
+
+
+def test_every_scoring_model_s_paths_are_the_run_file_s(tmp_path: Path) -> None:
+    config = load(
+        tmp_path,
+        {
+            "teacher": {"model": "./t"},
+            "teachers": {"maths": {"model": "./m"}, "code": {"model": "Qwen/Coder"}},
+            "references": {"base": {"model": "../b"}, "policy": {"model": STUDENT}, "far": SERVED},
+        },
+    )
+
+    models = {name: teacher.model for name, teacher in config.references.items()}
+    assert config.teacher.model == str(tmp_path / "t")
+    assert config.teachers["maths"].model == str(tmp_path / "m")
+    assert config.teachers["code"].model == "Qwen/Coder"
+    assert Path(models["base"]).resolve() == (tmp_path.parent / "b").resolve()
+    assert (models["policy"], models["far"]) == (STUDENT, "big")
+    backend = config.references["far"].backend
+    assert isinstance(backend, HttpBackend)
+    assert (backend.url, backend.tokenizer) == ("http://teacher:8000", "models/tokens")
+    (tmp_path / "models").mkdir()
+    backend = load(tmp_path, {"teacher": SERVED}).teacher.backend
+    assert isinstance(backend, HttpBackend)
+    assert backend.tokenizer == str(tmp_path / "models" / "tokens")

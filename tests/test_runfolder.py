@@ -1,8 +1,10 @@
 """A run keeps its meaning: what may change while it is under way, and who may work on it."""
 
 import json
+import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -81,6 +83,93 @@ def test_another_chat_template_under_the_same_vocabulary_is_noticed(
     file.write_text("another " + file.read_text())
     with pytest.raises(RunChanged, match="tokenizer"):
         opened(base)
+
+
+def teachers_of(tmp_path: Path, teacher: Path, **changes: object) -> dict[str, object]:
+    """A served teacher, one of a task and a reference; a change is of the served one's backend."""
+    for name in ("maths", "base"):
+        if not (tmp_path / name).exists():
+            shutil.copytree(teacher, tmp_path / name)
+    backend = {"type": "http", "url": "http://one", "tokenizer": str(teacher), "budget_tokens": 9}
+    served = {"model": "big", "revision": "1", "backend": backend | changes}
+    return {
+        "teacher": served,
+        "teachers": {"maths": {"model": str(tmp_path / "maths")}, "code": served},
+        "references": {"base": {"model": str(tmp_path / "base")}, "far": served},
+        "evaluation": None,
+    }
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"url": "http://two"},
+        {"concurrency": 1},
+        {"budget_tokens": 10**9},
+        {"timeout_s": 1},
+        {"retries": 0},
+        {"api_key_variable": "KEY"},
+    ],
+)
+def test_how_a_served_teacher_is_asked_may_change_under_way(
+    base: dict[str, object], tmp_path: Path, tiny_teacher: Path, change: dict[str, object]
+) -> None:
+    opened(base | teachers_of(tmp_path, tiny_teacher))
+    config = opened(base | teachers_of(tmp_path, tiny_teacher, **change)).config
+    ((name, value),) = change.items()
+    assert {getattr(t.backend, name) for t in (config.teacher, config.teachers["code"])} == {value}
+    assert getattr(config.references["far"].backend, name) == value
+
+
+@pytest.mark.parametrize("part", ["teacher", "teachers.maths", "references.base"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"revision": "another"},
+        {"dtype": "float32"},
+        {"prompt": {"system": "Be brief."}},
+        {"backend": {"type": "vllm"}},
+        {"backend": {"arguments": {"attn_implementation": "eager"}, "type": "transformers"}},
+    ],
+)
+def test_what_a_teacher_is_may_not_change_under_way(
+    base: dict[str, object], tmp_path: Path, tiny_teacher: Path, part: str, change: dict[str, Any]
+) -> None:
+    own: dict[str, Any] = {"model": str(tmp_path / "teacher")}
+
+    def config(teacher: dict[str, Any]) -> dict[str, object]:
+        group, _, name = part.partition(".")
+        return base | ({group: {name: teacher}} if name else {"teacher": teacher})
+
+    opened(config(own))
+    with pytest.raises(RunChanged, match=re.escape(f"{part}.{next(iter(change))}")):
+        opened(config(own | change))
+
+
+def test_the_tokenizer_and_the_version_of_a_served_teacher_may_not_change(
+    base: dict[str, object], tmp_path: Path, tiny_teacher: Path
+) -> None:
+    config = base | teachers_of(tmp_path, tiny_teacher)
+    opened(config)
+    with pytest.raises(RunChanged, match=r"teacher\.backend\.tokenizer"):
+        opened(base | teachers_of(tmp_path, tiny_teacher, tokenizer=str(tmp_path / "maths")))
+    served: dict[str, Any] = config["teacher"]  # type: ignore[assignment]
+    with pytest.raises(RunChanged, match=r"teacher\.revision changed.*expected 1, got 2"):
+        opened(config | {"teacher": served | {"revision": "2"}})
+
+
+@pytest.mark.parametrize(
+    ("folder", "said"), [("maths", "teacher of maths"), ("base", "reference base")]
+)
+def test_a_model_whose_weights_changed_is_named(
+    base: dict[str, object], tmp_path: Path, tiny_teacher: Path, folder: str, said: str
+) -> None:
+    config = base | teachers_of(tmp_path, tiny_teacher)
+    opened(config)
+    weights = tmp_path / folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\1")
+    with pytest.raises(RunChanged, match=f"^{said}: not what this run began with|: {said}: not"):
+        opened(config)
 
 
 def test_only_one_process_trains_a_run(tmp_path: Path) -> None:
