@@ -149,7 +149,7 @@ def import_(cache: str, file: str, student: str, out: str, task: str, shard_samp
     """Take rollouts from elsewhere: a JSONL or Parquet FILE of token ids, a row a completion.
 
     Rows have prompt_token_ids and completion_token_ids, and may have behavior_logprobs,
-    sampling_logprobs, loss_mask, id, sample_index, task, answer, finish_reason and text.
+    sampling_logprobs, loss_mask, id, sample_index, task, answer, messages, finish_reason and text.
     """
     from pathlib import Path
 

@@ -30,7 +30,7 @@ from .identity import (
     vocabulary_fingerprint,
 )
 from .prompt_rows import file_rows
-from .prompts import Tokenizer
+from .prompts import Tokenizer, parse_chat
 from .resolve import load_tokenizer
 from .runfolder import RunFolder
 from .schemas.manifests import ImportIdentity, Quality, RolloutManifest
@@ -41,7 +41,10 @@ from .store.cache import Attempt, Cache, as_listed
 
 _LABELS = ("prompt_id", "sample_index", "task", "answer", "finish_reason", "text")
 _LOGPROBS = ("behavior_logprobs", "sampling_logprobs")
-COLUMNS = ("prompt_token_ids", "completion_token_ids", *_LOGPROBS, "loss_mask", "id", *_LABELS)
+COLUMNS = (
+    *("prompt_token_ids", "completion_token_ids", *_LOGPROBS, "loss_mask"),
+    *("id", *_LABELS, "messages"),
+)
 """What a file may have; the first two it must."""
 _LOGPROB_SLACK = 1e-3
 """Engines round: a log-prob may be so much above 0."""
@@ -181,7 +184,8 @@ def _shards(
 
 
 def _identity(table: pa.Table, policy: _Policy) -> ImportIdentity:
-    rows = table.select([name for name in _LABELS if name in table.column_names]).to_pylist()
+    labels = (*_LABELS, *(name for name in ("messages",) if name in table.column_names))
+    rows = table.select([name for name in labels if name in table.column_names]).to_pylist()
 
     def column(name: str, dtype: type[np.generic]) -> str | None:
         if name not in table.column_names:
@@ -193,7 +197,7 @@ def _identity(table: pa.Table, policy: _Policy) -> ImportIdentity:
         student=policy.student,
         vocabulary=policy.vocabulary,
         content=content_hash(table),
-        labels=digest([[row.get(name) for name in _LABELS] for row in rows]),
+        labels=digest([[row.get(name) for name in labels] for row in rows]),
         behavior_logprobs=column("behavior_logprobs", np.float32),
         sampling_logprobs=column("sampling_logprobs", np.float32),
         loss_mask=column("loss_mask", np.bool_),
@@ -280,6 +284,7 @@ class _Reader:
             text=self._decoded(fields, completion, place),
             task=_text(fields, "task", place) or self._task,
             answer=_text(fields, "answer", place),
+            messages=_messages(fields, place),
             loss_mask=supervised,
         )
 
@@ -362,11 +367,23 @@ def _text(fields: Mapping[str, Any], name: str, place: str) -> str | None:
         return None
     if not isinstance(value, str) and type(value) is not int:
         raise PromptError(f"{name} is text", where=place, got=type(value).__name__)
+    return _unicode(str(value), name, place)
+
+
+def _unicode(text: str, name: str, place: str) -> str:
     try:
-        str(value).encode()
+        text.encode()
     except UnicodeEncodeError as error:
         raise PromptError(f"{name} is not Unicode: half a character", where=place) from error
-    return str(value)
+    return text
+
+
+def _messages(fields: Mapping[str, Any], place: str) -> tuple[tuple[str, str], ...] | None:
+    """The prompt's chat, which a teacher with a prompt of its own is shown."""
+    if "messages" not in fields:
+        return None
+    chat = parse_chat(fields["messages"], place)
+    return tuple((_unicode(r, "role", place), _unicode(c, "content", place)) for r, c in chat)
 
 
 def _entries(fields: Mapping[str, Any], name: str, num_tokens: int, place: str) -> list[Any]:

@@ -113,13 +113,7 @@ def _parse(row: dict[str, Any], place: str, task: str | None) -> Prompt:
         raise PromptError("a row has either 'prompt' or 'messages'", where=place)
     if messages is None:
         messages = [{"role": "user", "content": text}]
-    try:
-        chat = tuple((m["role"], m["content"]) for m in messages)
-    except (TypeError, KeyError, IndexError) as error:
-        raise PromptError("messages are objects with role and content", where=place) from error
-    if not chat or not all(isinstance(part, str) for message in chat for part in message):
-        raise PromptError("role and content are text, and there is a message", where=place)
-    answer = row.get("answer")
+    chat, answer = parse_chat(messages, place), row.get("answer")
     try:
         return _prompt(
             chat,
@@ -129,6 +123,21 @@ def _parse(row: dict[str, Any], place: str, task: str | None) -> Prompt:
         )
     except UnicodeEncodeError as error:
         raise PromptError("the text is not Unicode: half a character", where=place) from error
+
+
+def parse_chat(messages: Any, place: str) -> tuple[tuple[str, str], ...]:
+    """A chat as (role, content) pairs.
+
+    Raises:
+        PromptError: it is not a list of objects with both, or an empty one; names the place.
+    """
+    try:
+        chat = tuple((m["role"], m["content"]) for m in messages)
+    except (TypeError, KeyError, IndexError) as error:
+        raise PromptError("messages are objects with role and content", where=place) from error
+    if not chat or not all(isinstance(part, str) for message in chat for part in message):
+        raise PromptError("role and content are text, and there is a message", where=place)
+    return chat
 
 
 def _prompt(

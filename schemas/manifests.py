@@ -76,8 +76,8 @@ class ImportIdentity(Model):
     vocabulary: str = Field(description="fingerprint of the token ids' meaning")
     content: str = Field(description="content hash of the shard")
     labels: str = Field(
-        description="SHA-256 of the rows' prompt id, sample index, task, answer, finish reason and "
-        "text, in order"
+        description="SHA-256 of the rows' prompt id, sample index, task, answer, finish reason, "
+        "text and, in a shard that has the column, messages, in order"
     )
     behavior_logprobs: str | None = Field(description="SHA-256 of the column, little-endian")
     sampling_logprobs: str | None = Field(description="SHA-256 of the column, little-endian")

@@ -42,6 +42,7 @@ ROWS: Rows = [
         "id": "first",
         "task": "sums",
         "answer": 42,
+        "messages": [{"role": "user", "content": "6 × 7?"}],
         "finish_reason": "stop",
     },
     {
@@ -112,9 +113,10 @@ def test_what_a_file_says_is_stored_and_nothing_else(
         "text": "hi",
         "task": "sums",
         "answer": "42",
+        "messages": '[["user","6 × 7?"]]',
     }
     assert second["completion_token_ids"] == second["sampling_logprobs"] == []
-    assert second["answer"] is None
+    assert second["answer"] is second["messages"] is None
     assert (done.num_rows, done.num_tokens, done.num_supervised) == (2, 3, 2)
     assert dict(done.quality) == manifest.quality == {"truncated": 1, "repetitive": 0}
 
@@ -123,7 +125,7 @@ def test_what_a_file_does_not_say_is_absent_not_zero(take: Import, tmp_path: Pat
     take(PLAIN)
     (manifest,) = manifests(tmp_path)
     table = cache_in(tmp_path).read_rollouts(manifest)
-    optional = {"behavior_logprobs", "sampling_logprobs", "loss_mask", "answer"}
+    optional = {"behavior_logprobs", "sampling_logprobs", "loss_mask", "answer", "messages"}
     assert optional & set(table.column_names) == set()
     (row,) = table.to_pylist()
     assert (row["finish_reason"], row["task"], row["sample_index"]) == ("unknown", "default", 0)
@@ -175,6 +177,12 @@ FAULTS: dict[str, tuple[dict[str, Any], str]] = {
     "sample twice": ({"sample_index": 0}, "prompt 'first' has two samples 0"),
     "sample below 0": ({"sample_index": -1}, "sample_index is an integer from 0"),
     "text of another type": ({"text": ["a"]}, "text is text.*got list"),
+    "messages as text": ({"messages": "hi"}, "messages are objects with role and content"),
+    "messages without": ({"messages": []}, "there is a message"),
+    "half a message": (
+        {"messages": [{"role": "user", "content": "\ud800"}]},
+        "content is not Unicode",
+    ),
     "half a character": ({"text": "\ud800"}, "text is not Unicode"),
     "log-probs of some": ({"behavior_logprobs": None}, "some rows have it, and some have not"),
 }
@@ -244,6 +252,8 @@ def test_a_folder_of_other_rollouts_is_refused_before_anything_is_stored(
         ({"text": "other"}, True),
         ({"finish_reason": "length"}, True),
         ({"id": "second"}, True),
+        ({"messages": [{"role": "user", "content": "7 × 6?"}]}, True),
+        ({"messages": None}, True),
         ({"task": "other"}, True),
         ({"completion_token_ids": [71, 72, 1]}, False),
     ],
