@@ -4,18 +4,22 @@ The student's fresh completions of held-out prompts are rollout shards, made by 
 Here both models read them, and the full-vocabulary reverse KL is taken at every token.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import torch
 from numpy.typing import NDArray
+from pydantic import JsonValue
 
 from .errors import ConfigError, InputsMissing
 from .heads import Divergence, Side, divergence
+from .identity import digest
 from .resolve import model_folder
 from .runfolder import RunContext
 from .schemas.rounds import EvaluationRound, HeldOutRound
+from .schemas.teachers import TransformersBackend
 from .score.rendering import Rendering
 from .score.teacher import Sequences, by_length
 from .score.transformers_scorer import TransformersScorer
@@ -69,7 +73,7 @@ def _evaluate(
     for shard in rollouts.shards:
         table = context.cache.read_rollouts(context.cache.need_rollouts(shard))
         teacher = teachers.of(shard.task)
-        rendered = _sequences(table, Rendering(context.config.teacher_of(shard.task)))
+        rendered = _sequences(table, teachers.rendering_of(shard.task))
         pair = (student, _sequences(table)), (teacher, rendered)
         parts += _compare(*pair, shards.supervised_tokens(table), budget_tokens)
         context.progress.advance(1, shard.num_tokens)
@@ -124,23 +128,37 @@ def _compare(
 
 
 class _Teachers:
-    """The teachers by task, each loaded when it is first needed."""
+    """The teachers by task, each loaded when it is first needed: in transformers, whatever the
+    backend that scores."""
 
     def __init__(self, context: RunContext) -> None:
         self._context = context
         self._loaded: dict[str, TransformersScorer] = {}
+        self._renderings: dict[str, Rendering] = {}
+
+    def rendering_of(self, task: str) -> Rendering:
+        """How the teacher of a task reads prompts."""
+        config = self._context.config.teacher_of(task)
+        return self._renderings.setdefault(task, Rendering(config))
 
     def of(self, task: str) -> TransformersScorer:
         """The teacher of a task."""
-        fingerprint = self._context.resolved.teacher_of(task)
-        if fingerprint not in self._loaded:
-            folder = model_folder(self._context.config.teacher_of(task))
-            self._loaded[fingerprint] = _model(self._context, folder)
-        return self._loaded[fingerprint]
+        config = self._context.config.teacher_of(task)
+        backend = config.backend
+        arguments = backend.arguments if isinstance(backend, TransformersBackend) else {}
+        loaded = digest([self._context.resolved.teacher_of(task), arguments])
+        if loaded not in self._loaded:
+            self._loaded[loaded] = _model(self._context, model_folder(config), arguments)
+        return self._loaded[loaded]
 
 
-def _model(context: RunContext, folder: Path) -> TransformersScorer:
+def _model(
+    context: RunContext, folder: Path, arguments: Mapping[str, JsonValue] | None = None
+) -> TransformersScorer:
     context.progress.say(f"loading {folder.name}")
     return TransformersScorer(
-        folder, dtype="float32", batch_tokens=context.config.score.batch_tokens
+        folder,
+        dtype="float32",
+        batch_tokens=context.config.score.batch_tokens,
+        arguments=arguments,
     )

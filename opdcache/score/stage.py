@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from pydantic import JsonValue
 
 from ..errors import InputsMissing
-from ..identity import key_of, model_fingerprint
+from ..identity import digest, key_of, model_fingerprint
 from ..runfolder import RunContext
 from ..schemas.columns import ScoreColumn
 from ..schemas.manifests import ScoreIdentity, ScoreManifest, ScoreRequirement
@@ -39,6 +39,12 @@ class Model:
     config: TeacherConfig
     fingerprint: str
     rendering: Rendering
+
+    @property
+    def loaded(self) -> str:
+        """What is loaded of it: alike for models that differ in how they read prompts alone."""
+        arguments = self.config.model_dump(mode="json", exclude={"prompt"})
+        return digest([self.fingerprint, arguments])
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,9 +78,9 @@ class ScorePlan:
 
     @property
     def tasks(self) -> dict[str, ScoreTask]:
-        """Every task by key, those of one model together."""
+        """Every task by key, those of one loaded model together."""
         every = [*self.teachers, *(t for tasks in self.references.values() for t in tasks)]
-        every.sort(key=lambda task: task.model.fingerprint)
+        every.sort(key=lambda task: task.model.loaded)
         return {task.key: task for task in every}
 
 
@@ -247,7 +253,7 @@ class _Scorer:
     def __init__(self, context: RunContext, round_index: int) -> None:
         self._context, self._round = context, round_index
         self._teacher: Teacher | None = None
-        self._loaded: Model | None = None
+        self._loaded: str | None = None
 
     def make(self, task: ScoreTask, attempt: Attempt) -> ScoreManifest:
         """Score one rollout shard into the attempt."""
@@ -274,7 +280,7 @@ class _Scorer:
                 context.resolved.run_id,
                 started=started,
                 num_tokens=num_tokens,
-                details=teacher.details() | _not_given(task.model.config),
+                details=teacher.details() | _told_of(task.model.config),
             ),
             identity=identity,
             rollout_key=task.rollout.key,
@@ -289,10 +295,10 @@ class _Scorer:
         self._teacher = self._loaded = None
 
     def _load(self, model: Model) -> Teacher:
-        if self._teacher is None or self._loaded != model:
+        if self._teacher is None or self._loaded != model.loaded:
             self.close()
             self._teacher = load_teacher(self._context, model.config)
-            self._loaded = model
+            self._loaded = model.loaded
         return self._teacher
 
 
@@ -333,7 +339,11 @@ def _uniforms(identity: ScoreIdentity, num_tokens: int) -> NDArray[np.float64] |
     return np.random.Generator(np.random.Philox(seed)).random((num_tokens, identity.draws))
 
 
-def _not_given(config: TeacherConfig) -> dict[str, JsonValue]:
-    """Columns that no set of this backend has, for whoever misses one."""
+def _told_of(config: TeacherConfig) -> dict[str, JsonValue]:
+    """What the prompt was made of, which the key has a digest of; and the columns that no set of
+    this backend has, for whoever misses one."""
     lacking = sorted(set(get_args(ScoreColumn)) - config.can_give)
-    return {"cannot_give": list(lacking)} if lacking else {}
+    told: dict[str, JsonValue] = {"cannot_give": list(lacking)} if lacking else {}
+    if config.prompt is not None:
+        told["prompt"] = config.prompt.model_dump(mode="json", exclude_none=True)
+    return told
