@@ -10,7 +10,14 @@ from .common import open_context, stage_options, worker_option
 @click.command("score")
 @stage_options
 @worker_option
-def command(run_file: Path, round_index: int, worker: str) -> None:
+@click.option(
+    "--check",
+    "num_checked",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="then score N random completions again, and tell how far they are from what is stored",
+)
+def command(run_file: Path, round_index: int, worker: str, num_checked: int | None) -> None:
     """Score a round's completions with the teacher."""
     from ..rounds import Step
 
@@ -18,3 +25,8 @@ def command(run_file: Path, round_index: int, worker: str) -> None:
     from ..score.stage import run
 
     run(context, round_index)
+    if num_checked is not None:
+        from ..score.check import check
+        from .tables import noise_lines
+
+        click.echo("\n".join(noise_lines(check(context, round_index, num_checked))))

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
+from typing import TYPE_CHECKING
 
 from rich import box
 from rich.console import Console
@@ -10,6 +11,9 @@ from rich.table import Table
 from ..rounds import StageStatus
 from ..schemas.rounds import EvaluationRound
 from ..store.upkeep import Listed
+
+if TYPE_CHECKING:
+    from ..score.check import Noise  # imports torch
 
 
 def as_text(table: Table) -> str:
@@ -73,3 +77,27 @@ def status_table(rows: Sequence[StageStatus]) -> str:
             f"{row.elapsed_s:.1f}" if row.elapsed_s is not None else "",
         )
     return as_text(table)
+
+
+def noise_lines(noise: "Noise") -> list[str]:
+    """What a second scoring says of the first."""
+    pairs = (
+        ("sampled log-prob", noise.sampled_mean, noise.sampled_max),
+        ("entropy", noise.entropy_mean, noise.entropy_max),
+        ("top-k log-probs", noise.topk_mean, noise.topk_max),
+    )
+    lines = [f"{noise.num_samples:,} completions scored again, {noise.num_tokens:,} tokens, nats:"]
+    lines += [
+        f"  {name}: off by {mean:.2g} on average, {most:.2g} at most"
+        for name, mean, most in pairs
+        if mean == mean  # what is not stored is nan
+    ]
+    if noise.same_first == noise.same_first:
+        lines.append(
+            f"  likeliest entry the same at {noise.same_first:.2%} of the tokens; "
+            f"{noise.same_topk:.2%} of the stored entries kept again"
+        )
+    if noise.sampled_mean == noise.sampled_mean:
+        floor = f"{noise.reverse_kl_sampled:.2g}"
+        lines.append(f"  noise floor: the teacher is {floor} nats of reverse KL from itself")
+    return lines

@@ -42,7 +42,7 @@ ROWS: Rows = [
         "id": "first",
         "task": "sums",
         "answer": 42,
-        "messages": [{"role": "user", "content": "6 × 7?"}],
+        "messages": [{"role": "user", "content": "6 + 7?"}],
         "finish_reason": "stop",
     },
     {
@@ -113,7 +113,7 @@ def test_what_a_file_says_is_stored_and_nothing_else(
         "text": "hi",
         "task": "sums",
         "answer": "42",
-        "messages": '[["user","6 × 7?"]]',
+        "messages": '[["user","6 + 7?"]]',
     }
     assert second["completion_token_ids"] == second["sampling_logprobs"] == []
     assert second["answer"] is second["messages"] is None
@@ -252,7 +252,7 @@ def test_a_folder_of_other_rollouts_is_refused_before_anything_is_stored(
         ({"text": "other"}, True),
         ({"finish_reason": "length"}, True),
         ({"id": "second"}, True),
-        ({"messages": [{"role": "user", "content": "7 × 6?"}]}, True),
+        ({"messages": [{"role": "user", "content": "7 + 6?"}]}, True),
         ({"messages": None}, True),
         ({"task": "other"}, True),
         ({"completion_token_ids": [71, 72, 1]}, False),

@@ -179,7 +179,9 @@ def test_a_prompt_is_rendered_once_for_all_its_completions(
 @pytest.mark.parametrize("rows", [table(None), table("hi", None)])
 def test_a_rollout_without_messages_is_named(rendering: Any, rows: pa.Table) -> None:
     name = rows.column("rollout_id")[-1].as_py()
-    with pytest.raises(PromptError, match=rf"rollout {name}: .*no messages.*remove teacher\.prompt"):
+    with pytest.raises(
+        PromptError, match=rf"rollout {name}: .*no messages.*remove teacher\.prompt"
+    ):
         rendering(template="chat").prompts(rows)
 
 
@@ -213,5 +215,3 @@ def test_messages_are_read_as_they_are_stored(rendering: Any) -> None:
     rows = table("é 漢 \u2028 \"'\\")
     assert json.loads(rows.column("messages")[0].as_py()) == [["user", "é 漢 \u2028 \"'\\"]]
     assert read(rendering(template="raw"), rows) == ["é 漢 \u2028 \"'\\"]
-
-

@@ -157,9 +157,7 @@ class Bench:
 
 
 @pytest.fixture
-def bench(
-    tmp_path: Path, tiny_student: Path, rows: Rows, monkeypatch: pytest.MonkeyPatch
-) -> Bench:
+def bench(tmp_path: Path, tiny_student: Path, rows: Rows, monkeypatch: pytest.MonkeyPatch) -> Bench:
     return Bench(tmp_path, tiny_student, rows, monkeypatch)
 
 
@@ -267,7 +265,9 @@ def test_references_are_more_score_sets_and_the_student_s_are_its_own_log_probs(
             for row in ordered
         ),
     )
-    assert sorted(bench.loads) == sorted(f.name for f in (tiny_student, tiny_teacher, maths_teacher))
+    assert sorted(bench.loads) == sorted(
+        f.name for f in (tiny_student, tiny_teacher, maths_teacher)
+    )
     assert bench.most_alive == 1
 
 
@@ -349,7 +349,9 @@ def test_a_teacher_and_a_reference_of_the_same_weights_are_loaded_once(
     )
     scored = stage.run(context, 0)
     assert bench.loads == [tiny_teacher.name]
-    keys = [served.key for s in (*scored.shards, *scored.references["plain"]) for served in s.served]
+    keys = [
+        served.key for s in (*scored.shards, *scored.references["plain"]) for served in s.served
+    ]
     assert len(set(keys)) == 12
 
 

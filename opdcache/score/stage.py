@@ -118,7 +118,7 @@ def _run(context: RunContext, round_index: int, *, anew: bool) -> ScoreRound:
     context.folder.write_plan(
         ScoreRound, round_index, StagePlan(num_shards=len(tasks), missing=missing)
     )
-    scorer = _Scorer(context, round_index)
+    teachers = Teachers(context)
     context.progress.begin(f"round {round_index} score", len(tasks), "shards")
     try:
         with interrupts(give_up):
@@ -129,13 +129,13 @@ def _run(context: RunContext, round_index: int, *, anew: bool) -> ScoreRound:
                 is_done=lambda task: (
                     context.cache.serve(task.rollout.content, task.need) is not None
                 ),
-                compute=scorer.make,
+                compute=_Scorer(context, teachers).make,
                 worker=context.worker,
                 progress=context.progress,
             )
     finally:
         context.progress.end()
-        scorer.close()
+        teachers.close()
     references = {
         name: tuple(_served(context, task) for task in of) for name, of in plan.references.items()
     }
@@ -247,18 +247,39 @@ def _served(context: RunContext, task: ScoreTask) -> ScoredShard:
     )
 
 
-class _Scorer:
-    """Makes score sets, with one model loaded at a time, when the first set needs it."""
+class Teachers:
+    """The scoring models of a run, one of them loaded at a time, when it is needed."""
 
-    def __init__(self, context: RunContext, round_index: int) -> None:
-        self._context, self._round = context, round_index
+    def __init__(self, context: RunContext) -> None:
+        self._context = context
         self._teacher: Teacher | None = None
         self._loaded: str | None = None
+
+    def of(self, model: Model) -> Teacher:
+        """The model, ready to score."""
+        if self._teacher is None or self._loaded != model.loaded:
+            self.close()
+            self._teacher = load_teacher(self._context, model.config)
+            self._loaded = model.loaded
+        return self._teacher
+
+    def close(self) -> None:
+        """Give the loaded model's memory back."""
+        if self._teacher is not None:
+            self._teacher.close()
+        self._teacher = self._loaded = None
+
+
+class _Scorer:
+    """Makes score sets."""
+
+    def __init__(self, context: RunContext, teachers: Teachers) -> None:
+        self._context, self._teachers = context, teachers
 
     def make(self, task: ScoreTask, attempt: Attempt) -> ScoreManifest:
         """Score one rollout shard into the attempt."""
         context, identity = self._context, task.identity
-        teacher = self._load(task.model)
+        teacher = self._teachers.of(task.model)
         started = time.monotonic()
         sequences = read_sequences(context, task)
         builder = ScoreBuilder(sequences.offsets, frozenset(identity.columns), identity.step)
@@ -287,19 +308,6 @@ class _Scorer:
             vocab_size=context.resolved.vocab_size,
             clip_floor=codec.clip_floor(identity.step),
         )
-
-    def close(self) -> None:
-        """Give the model's memory back."""
-        if self._teacher is not None:
-            self._teacher.close()
-        self._teacher = self._loaded = None
-
-    def _load(self, model: Model) -> Teacher:
-        if self._teacher is None or self._loaded != model.loaded:
-            self.close()
-            self._teacher = load_teacher(self._context, model.config)
-            self._loaded = model.loaded
-        return self._teacher
 
 
 def read_sequences(context: RunContext, task: ScoreTask) -> Sequences:

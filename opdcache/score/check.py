@@ -1,0 +1,147 @@
+"""Scores some completions again, to tell what stored numbers are worth: the noise floor.
+
+Whatever differs is rounding: another batch, another backend, and the store's own step. A loss that
+is smaller than this says nothing.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..runfolder import RunContext
+from ..schemas.rounds import RolloutRound, ScoredShard, ScoreRound
+from ..store.scores import Scores, TopK, joined
+from ..store.upkeep import quarantining
+from .stage import ScoreTask, Teachers, plan_shards, read_sequences
+from .teacher import Ask, Sequences, in_order
+
+
+@dataclass(frozen=True, slots=True)
+class Noise:
+    """How far a second scoring is from what is stored, over some tokens. Nats.
+
+    What a score set does not have is not compared, and nan.
+
+    Attributes:
+        sampled_mean, sampled_max: absolute difference of the sampled token's log-prob.
+        reverse_kl_sampled: mean of ``r - 1 - log r`` with ``r`` the ratio of the two: what the
+            same model is from itself.
+        entropy_mean, entropy_max: absolute difference of the entropy.
+        topk_mean, topk_max: absolute difference of the log-probs of the entries that both kept.
+        same_first: share of tokens with the same likeliest entry.
+        same_topk: share of the stored entries that are kept again.
+    """
+
+    num_samples: int
+    num_tokens: int
+    sampled_mean: float
+    sampled_max: float
+    reverse_kl_sampled: float
+    entropy_mean: float
+    entropy_max: float
+    topk_mean: float
+    topk_max: float
+    same_first: float
+    same_topk: float
+
+
+def check(context: RunContext, round_index: int, num_samples: int) -> Noise:
+    """Score some of a round's completions again, with the run's teachers as they are now.
+
+    Args:
+        num_samples: completions, drawn at random; all when there are fewer.
+
+    Raises:
+        InputsMissing: the round is not scored.
+    """
+    scored = context.folder.need(ScoreRound, round_index).shards
+    rollouts = context.folder.need(RolloutRound, round_index).shards
+    tasks = plan_shards(context, rollouts, round_index).teachers
+    starts = np.cumsum([0, *(shard.num_rows for shard in rollouts)])
+    chosen = np.random.default_rng().permutation(int(starts[-1]))[:num_samples]
+    teachers, pairs = Teachers(context), list[tuple[Scores, Scores]]()
+    try:
+        with quarantining(context.cache):
+            for number in sorted(range(len(tasks)), key=lambda i: tasks[i].model.loaded):
+                here = chosen[(chosen >= starts[number]) & (chosen < starts[number + 1])]
+                if len(here):
+                    rows = np.sort(here - starts[number]).tolist()
+                    stored = _stored(context, scored[number], rows)
+                    pairs.append((stored, _again(context, teachers, tasks[number], rows)))
+    finally:
+        teachers.close()
+    return noise(pairs)
+
+
+def _stored(context: RunContext, shard: ScoredShard, rows: list[int]) -> Scores:
+    opened = context.cache.open_score_set(shard.content, shard.teacher, shard.served)
+    return joined([opened.read(slice(row, row + 1)) for row in rows])
+
+
+def _again(context: RunContext, teachers: Teachers, task: ScoreTask, rows: list[int]) -> Scores:
+    whole = read_sequences(context, task)
+    some = Sequences(
+        [whole.prompts[row] for row in rows],
+        [whole.completions[row] for row in rows],
+        whole.recorded_TS[whole.places(rows)],
+    )
+    columns = frozenset(task.identity.columns) - {"draws"}
+    ask = Ask(columns, task.identity.k, task.identity.mass, task.identity.num_ids)
+    return in_order(teachers.of(task.model).score(some, ask))
+
+
+def noise(pairs: Sequence[tuple[Scores, Scores]]) -> Noise:
+    """How far second scores are from first ones of the same completions."""
+    lengths = [len(first.token_offsets) - 1 for first, _ in pairs]
+    log_ratio = _differences(pairs, "sampled_logprobs")
+    entropy = np.abs(_differences(pairs, "entropy"))
+    both = [(one.topk, other.topk) for one, other in pairs if one.topk and other.topk]
+    found = [_topk(one, other) for one, other in both]
+    shared, same_first, same = (
+        np.concatenate([np.zeros(0), *(each[i] for each in found)]) for i in range(3)
+    )
+    return Noise(
+        num_samples=sum(lengths),
+        num_tokens=sum(int(first.token_offsets[-1]) for first, _ in pairs),
+        sampled_mean=_mean(np.abs(log_ratio)),
+        sampled_max=_most(np.abs(log_ratio)),
+        reverse_kl_sampled=_mean(np.exp(log_ratio) - 1 - log_ratio),
+        entropy_mean=_mean(entropy),
+        entropy_max=_most(entropy),
+        topk_mean=_mean(shared),
+        topk_max=_most(shared),
+        same_first=_mean(same_first),
+        same_topk=_mean(same),
+    )
+
+
+def _differences(pairs: Sequence[tuple[Scores, Scores]], name: str) -> NDArray[np.float64]:
+    """Second less first, of the pairs that have the column."""
+    held = [(getattr(one, name), getattr(other, name)) for one, other in pairs]
+    parts = [b.astype(np.float64) - a for a, b in held if a is not None and b is not None]
+    return np.concatenate([np.zeros(0), *parts])
+
+
+def _topk(one: TopK, other: TopK) -> tuple[NDArray[np.float64], ...]:
+    """Absolute differences of the log-probs of the entries that both kept; whether each token's
+    likeliest entries agree; and whether each entry of the one is kept by the other."""
+    size = 1 + max(int(one.ids.max(initial=0)), int(other.ids.max(initial=0)))
+    named = [(np.arange(len(t.ids))[:, None] * size + t.ids)[t.kept] for t in (one, other)]
+    first, second = named
+    _, ours, theirs = np.intersect1d(first, second, assume_unique=True, return_indices=True)
+    differences = (
+        one.logprobs[one.kept][ours].astype(np.float64) - other.logprobs[other.kept][theirs]
+    )
+    kept_again = np.isin(first, second)
+    same_first = one.ids[:, :1] == other.ids[:, :1]
+    return np.abs(differences), same_first[:, 0].astype(np.float64), kept_again.astype(np.float64)
+
+
+def _mean(values: NDArray[np.float64]) -> float:
+    return float(values.mean()) if len(values) else float("nan")
+
+
+def _most(values: NDArray[np.float64]) -> float:
+    return float(values.max()) if len(values) else float("nan")
