@@ -157,7 +157,9 @@ class Bench:
 
 
 @pytest.fixture
-def bench(tmp_path: Path, tiny_student: Path, rows: Rows, monkeypatch: pytest.MonkeyPatch) -> Bench:
+def bench(
+    tmp_path: Path, tiny_student: Path, rows: Rows, monkeypatch: pytest.MonkeyPatch
+) -> Bench:
     return Bench(tmp_path, tiny_student, rows, monkeypatch)
 
 
@@ -265,9 +267,8 @@ def test_references_are_more_score_sets_and_the_student_s_are_its_own_log_probs(
             for row in ordered
         ),
     )
-    assert sorted(bench.loads) == sorted(
-        f.name for f in (tiny_student, tiny_teacher, maths_teacher)
-    )
+    folders = (tiny_student, tiny_teacher, maths_teacher)
+    assert sorted(bench.loads) == sorted(folder.name for folder in folders)
     assert bench.most_alive == 1
 
 
@@ -349,10 +350,8 @@ def test_a_teacher_and_a_reference_of_the_same_weights_are_loaded_once(
     )
     scored = stage.run(context, 0)
     assert bench.loads == [tiny_teacher.name]
-    keys = [
-        served.key for s in (*scored.shards, *scored.references["plain"]) for served in s.served
-    ]
-    assert len(set(keys)) == 12
+    every = (*scored.shards, *scored.references["plain"])
+    assert len({served.key for shard in every for served in shard.served}) == 12
 
 
 def test_evaluation_is_the_full_kl_to_each_task_s_teacher_behind_its_prompt(
