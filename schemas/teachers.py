@@ -107,8 +107,12 @@ class TeacherConfig(ModelRef):
     )
 
     @model_validator(mode="after")
-    def _nothing_secret_is_in_a_url(self) -> Self:
-        if isinstance(self.backend, HttpBackend) and "@" in self.backend.url:
+    def _a_url_has_a_scheme_and_nothing_secret(self) -> Self:
+        if not isinstance(self.backend, HttpBackend):
+            return self
+        if not self.backend.url.startswith(("http://", "https://")):
+            raise ValueError("teacher.backend.url: it begins with http:// or https://")
+        if "@" in self.backend.url:
             raise ValueError(
                 "teacher.backend.url: no credentials in it; name the variable that holds the key "
                 "in api_key_variable"

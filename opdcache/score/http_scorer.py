@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -78,14 +79,15 @@ class HttpScorer:
     def __init__(self, model: str, backend: HttpBackend, ledger: Path) -> None:
         self._model, self._backend = model, backend
         self._budget = Budget(ledger, backend.budget_tokens)
+        self._key = _api_key(backend)
         self._client = httpx.Client(
             base_url=backend.url.rstrip("/"),
             timeout=backend.timeout_s,
-            headers=_authorisation(backend),
+            headers={"Authorization": f"Bearer {self._key}"} if self._key else {},
             limits=httpx.Limits(max_connections=backend.concurrency),
         )
-        listed = self._send("GET", "/v1/models")["data"]
-        served = {entry["id"]: entry for entry in listed}
+        with _reading(backend.url):
+            served = {entry["id"]: entry for entry in self._send("GET", "/v1/models")["data"]}
         if model not in served:
             raise ConfigError(
                 f"the server does not serve {model!r}",
@@ -125,8 +127,9 @@ class HttpScorer:
         whole = sequences.whole(row).tolist()
         body = {"model": self._model, "prompt": whole, "max_tokens": 1, "prompt_logprobs": k}
         answer = self._send("POST", "/v1/completions", body, again_tokens=len(whole) + 1)
-        start = len(sequences.prompts[row])
-        return _columns(answer["choices"][0].get("prompt_logprobs"), whole, start, k)
+        with _reading(self._place("/v1/completions")):
+            positions = answer["choices"][0].get("prompt_logprobs")
+            return _columns(positions, whole, len(sequences.prompts[row]), k)
 
     def _send(
         self,
@@ -152,8 +155,9 @@ class HttpScorer:
                 fault = str(error) or type(error).__name__
                 continue
             if answer.is_success:
-                return answer.json()
-            fault = f"{answer.status_code} {answer.text[:300]}"
+                with _reading(self._place(path)):
+                    return answer.json()
+            fault = f"{answer.status_code} {self._without_key(answer.text)[:300]}"
             if answer.status_code not in _MAY_PASS:
                 raise EngineError(f"the teacher's server refuses: {fault}", where=self._place(path))
         raise Unanswered(
@@ -165,17 +169,41 @@ class HttpScorer:
     def _place(self, path: str) -> str:
         return f"{self._client.base_url}".rstrip("/") + path
 
+    def _without_key(self, text: str) -> str:
+        """What a server says, which may be what it was sent."""
+        return text.replace(self._key, "(the API key)") if self._key else text
 
-def _authorisation(backend: HttpBackend) -> dict[str, str]:
+
+def _api_key(backend: HttpBackend) -> str:
+    """The server's key; empty when it wants none.
+
+    Raises:
+        ConfigError: its variable is not set, or holds what cannot be sent.
+    """
     if backend.api_key_variable is None:
-        return {}
-    key = os.environ.get(backend.api_key_variable)
-    if not key:
+        return ""
+    key = os.environ.get(backend.api_key_variable, "").strip()
+    if not key or not (key.isascii() and key.isprintable()):
+        fault = "holds characters that no key has" if key else "is not set"
         raise ConfigError(
-            f"teacher.backend.api_key_variable: {backend.api_key_variable} is not set",
+            f"teacher.backend.api_key_variable: {backend.api_key_variable} {fault}",
             remedy="set it in the environment of the job",
         )
-    return {"Authorization": f"Bearer {key}"}
+    return key
+
+
+@contextmanager
+def _reading(place: str) -> Iterator[None]:
+    """Whatever an answer of another form makes of our reading it, as one error."""
+    try:
+        yield
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise EngineError(
+            "the server's answer is not one of a vLLM server",
+            where=place,
+            got=repr(error),
+            remedy="see that teacher.backend.url is the root of one",
+        ) from error
 
 
 def _columns(
@@ -184,7 +212,7 @@ def _columns(
     """A server's log-probs of the tokens from ``start`` on: the token itself, then the likeliest.
 
     Raises:
-        EngineError: a position is missing, or lacks its token.
+        EngineError: a position is missing, or lacks its token or one of the k likeliest.
     """
     if positions is None or len(positions) != len(whole):
         got = 0 if positions is None else len(positions)
@@ -195,12 +223,15 @@ def _columns(
     for token, entries in zip(whole[start:], positions[start:], strict=True):
         if entries is None or str(token) not in entries:
             raise EngineError("the server's log-probs are not aligned with the tokens")
-        ranked = sorted(entries.items(), key=lambda item: item[1]["rank"])[:k]
+        likeliest = [item for item in entries.items() if item[1]["rank"] <= k]
+        ranked = sorted(likeliest, key=lambda item: item[1]["rank"])
+        if len(ranked) != k:
+            raise EngineError(
+                "the server gave other entries for a token than asked", expected=k, got=len(ranked)
+            )
         rows.append(
             [(token, entries[str(token)]["logprob"])] + [(int(i), e["logprob"]) for i, e in ranked]
         )
-    if len({len(row) for row in rows}) > 1:
-        raise EngineError("the server gave fewer entries for a token than for another")
     return Logprobs(
         np.asarray([[i for i, _ in row] for row in rows], np.int32),
         np.asarray([[value for _, value in row] for row in rows], np.float32),
