@@ -77,14 +77,21 @@ class Engine:
     def generate(
         self, prompts: Sequence[Sequence[int]], parameters: Sequence[Mapping[str, Any]]
     ) -> "list[RequestOutput]":
-        """One batch of requests, each with its sampling parameters; log-probs come flat."""
+        """One batch of requests, each with its sampling parameters; log-probs come flat.
+
+        Raises:
+            EngineError: vLLM refuses a request.
+        """
         from vllm import SamplingParams, TokensPrompt
 
-        outputs: list[RequestOutput] = self._llm.generate(
-            [TokensPrompt(prompt_token_ids=list(ids)) for ids in prompts],
-            [SamplingParams(**one, flat_logprobs=True) for one in parameters],
-            use_tqdm=False,
-        )
+        try:
+            outputs: list[RequestOutput] = self._llm.generate(
+                [TokensPrompt(prompt_token_ids=list(ids)) for ids in prompts],
+                [SamplingParams(**one, flat_logprobs=True) for one in parameters],
+                use_tqdm=False,
+            )
+        except _faults() as error:
+            raise EngineError(f"vLLM refuses a request: {_reason(error)}") from error
         return outputs
 
     def close(self) -> None:
@@ -123,7 +130,13 @@ class Logprobs:
         if not len(tokens):
             return cls(np.zeros((0, 1), np.int32), np.zeros((0, 1), np.float32))
         begin, end = logprobs.start_indices[start], logprobs.end_indices[-1]
-        width = (end - begin) // len(tokens)
+        widths = np.subtract(logprobs.end_indices, logprobs.start_indices)[start:]
+        width = int(widths[0])
+        if not width or not (widths == width).all():
+            raise EngineError(
+                "vLLM gave no log-prob, or fewer than of another, for a position",
+                got=f"{widths.min()} to {widths.max()} entries",
+            )
         ids = np.asarray(logprobs.token_ids[begin:end], np.int32).reshape(len(tokens), width)
         values = np.asarray(logprobs.logprobs[begin:end], np.float32).reshape(ids.shape)
         if not (ids[:, 0] == tokens).all():
@@ -170,12 +183,26 @@ def _start(arguments: dict[str, Any], place: str) -> "LLM":
             f"{place}: vLLM has no engine argument {unknown[0]!r}",
             remedy=f"did you mean {near[0]!r}?" if near else "see vLLM's engine arguments",
         )
+    faults: tuple[type[Exception], ...] = (*_faults(), RuntimeError, OSError)
     try:
         return LLM(**arguments)
     except ValidationError as error:
         fault = error.errors()[0]
         at = ".".join([place, *map(str, fault["loc"])])
         raise ConfigError(f"{at}: {fault['msg'].removeprefix('Value error, ')}") from error
-    except (ValueError, RuntimeError, OSError) as error:
-        reason = str(error).strip().splitlines()[-1] if str(error).strip() else repr(error)
-        raise EngineError(f"vLLM does not start: {reason}", where=arguments["model"]) from error
+    except faults as error:
+        raise EngineError(
+            f"vLLM does not start: {_reason(error)}", where=arguments["model"]
+        ) from error
+
+
+def _faults() -> tuple[type[Exception], ...]:
+    """What vLLM raises of arguments and requests; its own tree is new."""
+    from vllm import exceptions
+
+    return ValueError, getattr(exceptions, "VLLMError", ValueError)
+
+
+def _reason(error: Exception) -> str:
+    """What an error says last."""
+    return str(error).strip().splitlines()[-1] if str(error).strip() else repr(error)

@@ -37,7 +37,6 @@ def load_teacher(context: RunContext, config: TeacherConfig) -> Teacher:
                 dtype=config.dtype,
                 k=max(score.k, context.config.rollout.student_topk),
                 batch_tokens=score.batch_tokens,
-                gathers_ids=backend.gathers_ids,
                 arguments=backend.engine,
             )
         case TransformersBackend() as backend:

@@ -30,7 +30,6 @@ class VllmScorer:
         dtype: dtype that it computes in.
         k: most entries a token that will be asked for.
         batch_tokens: tokens whose log-probs are held at once, at most (one sequence at least).
-        gathers_ids: the engine looks up any id, so the recorded ids can be asked for.
         arguments: more engine arguments.
 
     Raises:
@@ -45,7 +44,6 @@ class VllmScorer:
         dtype: str,
         k: int,
         batch_tokens: int,
-        gathers_ids: bool,
         arguments: Mapping[str, JsonValue],
     ) -> None:
         own: dict[str, JsonValue] = {
@@ -56,7 +54,7 @@ class VllmScorer:
             "enable_prefix_caching": False,
         }
         self._engine = Engine(own, arguments, "teacher.backend.engine")
-        self._batch_tokens, self._gathers_ids = batch_tokens, gathers_ids
+        self._batch_tokens = batch_tokens
         self._arguments = dict(arguments)
 
     def score(self, sequences: Sequences, ask: Ask) -> Iterator[Batch]:
@@ -79,7 +77,11 @@ class VllmScorer:
                 )
                 for row, o in zip(sent, outputs, strict=True)
             ]
-            gathered = [o.prompt_token_id_logprobs for o in outputs] if self._gathers_ids else []
+            gathered = [
+                _gathered(o.prompt_token_id_logprobs, len(sequences.completions[row]))
+                for row, o in zip(sent, outputs, strict=True)
+                if "student_topk" in ask.columns
+            ]
             yield Batch(rows, as_scores(sequences.num_tokens[rows], parts, ask, gathered))
 
     def details(self) -> dict[str, JsonValue]:
@@ -92,11 +94,25 @@ class VllmScorer:
 
     def _request(self, sequences: Sequences, row: int, ask: Ask) -> dict[str, Any]:
         request: dict[str, Any] = {"max_tokens": 1, "prompt_logprobs": ask.k, "detokenize": False}
-        if self._gathers_ids:
+        if "student_topk" in ask.columns:
             place = slice(int(sequences.offsets[row]), int(sequences.offsets[row + 1]))
             request["prompt_logprob_token_ids"] = sequences.recorded_TS[place]
             request["prompt_logprob_start"] = len(sequences.prompts[row]) - 1
         return request
+
+
+def _gathered(logprobs_TS: NDArray[np.float32] | None, num_tokens: int) -> NDArray[np.float32]:
+    """The recorded ids' log-probs of one completion.
+
+    Raises:
+        EngineError: a position is missing.
+    """
+    if logprobs_TS is None or len(logprobs_TS) != num_tokens:
+        got = 0 if logprobs_TS is None else len(logprobs_TS)
+        raise EngineError(
+            "vLLM did not look up the recorded ids of a position", expected=num_tokens, got=got
+        )
+    return logprobs_TS
 
 
 def as_scores(
