@@ -651,24 +651,20 @@ def test_trap_8_what_the_teacher_reads_in_the_place_of_a_prompt_is_part_of_the_k
     shard = as_listed(
         shards.commit_rollouts(cache, "a", rollouts.rollout_table([said]), 0), cached=False
     )
-    template = tmp_path / "template"
-    shutil.copytree(tiny_tokenizer_folder, template)
-    (template / "chat_template.jinja").write_text("{{ messages[0]['content'] }}!")
-    own: dict[str, tuple[Path, dict[str, Any] | None]] = {
-        "the student's": (tiny_tokenizer_folder, None),
-        "chat": (tiny_tokenizer_folder, {}),
-        "another chat template": (template, {}),
-        "raw": (tiny_tokenizer_folder, {"template": "raw"}),
-        "system": (tiny_tokenizer_folder, {"system": "Be brief."}),
-        "context": (tiny_tokenizer_folder, {"context": "Again: {prompt}"}),
-    }
-    keys = {
-        name: Rendering(TeacherConfig.model_validate({"model": str(folder), "prompt": prompt})).key(
-            cache, shard
-        )
-        for name, (folder, prompt) in own.items()
-    }
-    assert len(set(keys.values())) == len(own), keys
+    teacher = tmp_path / "teacher"
+    shutil.copytree(tiny_tokenizer_folder, teacher)
+
+    def key(prompt: dict[str, Any] | None) -> str:
+        config = TeacherConfig.model_validate({"model": str(teacher), "prompt": prompt})
+        return Rendering(config).key(cache, shard)
+
+    own = (None, {}, {"template": "raw"}, {"system": "Be brief."}, {"context": "Again: {prompt}"})
+    keys = [key(prompt) for prompt in own]
+    assert len(set(keys)) == len(own)
+    assert key({"context": "{prompt}"}) == key({})  # it reads the same ids
+    (teacher / "chat_template.jinja").write_text("{{ messages[0]['content'] }}!")
+    assert key({}) not in keys
+    assert key({"template": "raw"}) == keys[2]
 
 
 def test_trap_8_whatever_changes_scores_changes_their_key_and_nothing_else_does(
