@@ -157,9 +157,7 @@ class Bench:
 
 
 @pytest.fixture
-def bench(
-    tmp_path: Path, tiny_student: Path, rows: Rows, monkeypatch: pytest.MonkeyPatch
-) -> Bench:
+def bench(tmp_path: Path, tiny_student: Path, rows: Rows, monkeypatch: pytest.MonkeyPatch) -> Bench:
     return Bench(tmp_path, tiny_student, rows, monkeypatch)
 
 
