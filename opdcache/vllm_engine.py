@@ -52,6 +52,9 @@ class Engine:
         free: more of them, as the run file gives them.
         place: where in the run file those are, such as ``rollout.engine``.
 
+    Attributes:
+        llm: the engine itself.
+
     Raises:
         ConfigError: vLLM does not know an argument, or it is one that the stage decides.
         EngineError: the engine does not start.
@@ -67,12 +70,12 @@ class Engine:
                 remedy="it follows from the run file's other keys; remove it",
             )
         usual = {"disable_log_stats": True, "use_tqdm_on_load": False, **_cpu_arguments()}
-        self._llm = _start({**usual, **free, **own}, place)
+        self.llm = _start({**usual, **free, **own}, place)
 
     @property
     def max_model_len(self) -> int:
         """Tokens of the longest sequence, prompt and completion."""
-        return int(self._llm.model_config.max_model_len)
+        return int(self.llm.model_config.max_model_len)
 
     def generate(
         self, prompts: Sequence[Sequence[int]], parameters: Sequence[Mapping[str, Any]]
@@ -85,7 +88,7 @@ class Engine:
         from vllm import SamplingParams, TokensPrompt
 
         try:
-            outputs: list[RequestOutput] = self._llm.generate(
+            outputs: list[RequestOutput] = self.llm.generate(
                 [TokensPrompt(prompt_token_ids=list(ids)) for ids in prompts],
                 [SamplingParams(**one, flat_logprobs=True) for one in parameters],
                 use_tqdm=False,
@@ -96,7 +99,7 @@ class Engine:
 
     def close(self) -> None:
         """Stop the engine and give its memory back."""
-        self._llm.llm_engine.engine_core.shutdown()
+        self.llm.llm_engine.engine_core.shutdown()
 
 
 @dataclass(frozen=True, slots=True)

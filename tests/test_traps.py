@@ -208,7 +208,7 @@ def engine(tiny_teacher: Path) -> Iterator[VllmScorer]:
 def test_trap_2_the_engine_that_scores_keeps_no_prefixes_and_gives_raw_logprobs(
     engine: VllmScorer,
 ) -> None:
-    settings = engine._engine._llm.llm_engine.vllm_config
+    settings = engine._engine.llm.llm_engine.vllm_config
     assert settings.cache_config.enable_prefix_caching is False
     assert settings.cache_config.block_size == 32
     assert settings.model_config.logprobs_mode == "raw_logprobs"

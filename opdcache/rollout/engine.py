@@ -83,7 +83,7 @@ class Sampler:
             "logprobs_mode": "processed_logprobs" if processed else "raw_logprobs",
             "max_logprobs": max(topk, 1),
         }
-        self._engine = Engine(own, arguments, "rollout.engine")
+        self.engine = Engine(own, arguments, "rollout.engine")
 
     def sample(self, draws: Sequence[Draw], sampling: Sampling) -> list[Drawn]:
         """Draw every completion, as one batch of requests.
@@ -101,7 +101,7 @@ class Sampler:
             "logprobs": self.topk if plain else 0,
         }
         # The raw pass reads a whole completion as a prompt, and vLLM wants room for a token after.
-        room = self._engine.max_model_len - (0 if plain else 1)
+        room = self.engine.max_model_len - (0 if plain else 1)
         longest = max(len(draw.prompt_token_ids) for draw in draws)
         if longest >= room:
             raise PromptError(
@@ -111,7 +111,7 @@ class Sampler:
                 remedy="lower prompts.max_prompt_tokens or raise rollout.engine.max_model_len",
             )
         limits = [min(sampling.max_tokens, room - len(d.prompt_token_ids)) for d in draws]
-        outputs = self._engine.generate(
+        outputs = self.engine.generate(
             [draw.prompt_token_ids for draw in draws],
             [
                 {**shared, "max_tokens": limit, "seed": draw.seed}
@@ -138,7 +138,7 @@ class Sampler:
         prompts = [o.prompt_token_ids or [] for o in outputs]
         whole = [[*p, *o.outputs[0].token_ids] for p, o in zip(prompts, outputs, strict=True)]
         ask = {"max_tokens": 1, "prompt_logprobs": self.topk, "detokenize": False}
-        scored = self._engine.generate(whole, [ask] * len(whole))
+        scored = self.engine.generate(whole, [ask] * len(whole))
         return [
             Logprobs.of(s.prompt_logprobs, o.outputs[0].token_ids, len(p))
             for s, o, p in zip(scored, outputs, prompts, strict=True)
@@ -146,4 +146,4 @@ class Sampler:
 
     def close(self) -> None:
         """Stop the engine and give its memory back."""
-        self._engine.close()
+        self.engine.close()
