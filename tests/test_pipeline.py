@@ -266,6 +266,33 @@ def test_interrupting_train_and_resuming_gives_the_bit_identical_student(
     assert [row["update"] for row in folder.metrics()] == [0, 1, 2, 3]
 
 
+def test_the_same_shards_come_out_with_the_same_tokens_again(
+    finished: Path, tiny_student: Path, tiny_teacher: Path
+) -> None:
+    run = write_run(finished, "again", tiny_student, tiny_teacher, cache="empty")
+    done = opdcache("rollout", run, "--round", 0)
+    assert done.returncode == 0, done.stderr
+    first, again = (
+        RunFolder(finished / name).need(RolloutRound, 0).shards for name in ("first", "again")
+    )
+    assert [shard.key for shard in again] == [shard.key for shard in first]
+    assert [shard.content for shard in again] == [shard.content for shard in first]
+    assert not any(shard.cached for shard in again)
+
+
+def test_a_second_scoring_of_some_completions_is_as_near_as_the_store_s_step(
+    finished: Path,
+) -> None:
+    done = opdcache("score", finished / "first.yaml", "--round", 0, "--check", 5)
+    assert done.returncode == 0, done.stderr
+    assert "5 completions scored again" in done.stdout
+    (line,) = (line for line in done.stdout.splitlines() if "top-k log-probs" in line)
+    mean, most = (float(word) for word in line.replace(",", "").split() if word[0].isdigit())
+    assert 0 < mean < most <= 0.05  # half a step of 1/256, as a share of the value
+    (floor,) = (line for line in done.stdout.splitlines() if "noise floor" in line)
+    assert float(floor.split(" is ")[1].split()[0]) < 1e-5
+
+
 def test_a_changed_sampling_distribution_is_recorded_beside_the_raw_one(
     finished: Path, tiny_student: Path, tiny_teacher: Path
 ) -> None:
