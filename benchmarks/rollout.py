@@ -64,13 +64,13 @@ class Turns:
         self._config, self._sampler = config, sampler
         self._batches = [(task.requests, task.seeds) for task in plan.parts[RolloutRound].tasks]
 
-    def bare(self, logprobs: int | None) -> int:
-        """Every batch through ``LLM.generate``; gives the completion tokens."""
+    def bare(self, logprobs: int | None) -> tuple[int, float]:
+        """Every batch through ``LLM.generate``; gives the completion tokens, and seconds."""
         from vllm import SamplingParams, TokensPrompt
 
         sampling = self._config.rollout.sampling
         shared = sampling.model_dump(exclude={"stop", "max_tokens"}) | {"logprobs": logprobs}
-        num_tokens = 0
+        num_tokens, started = 0, time.perf_counter()
         for requests, seeds in self._batches:
             outputs = self._sampler.engine.llm.generate(
                 [TokensPrompt(prompt_token_ids=list(r.rendered.token_ids)) for r in requests],
@@ -83,15 +83,19 @@ class Turns:
                 use_tqdm=False,
             )
             num_tokens += sum(len(output.outputs[0].token_ids) for output in outputs)
-        return num_tokens
+        return num_tokens, time.perf_counter() - started
 
-    def stage(self) -> int:
-        """The stage in an empty cache; gives the completion tokens."""
+    def stage(self) -> tuple[int, float]:
+        """The stage in an empty cache; gives the completion tokens, and seconds without opening
+        the run."""
         stage.Sampler = lambda *_, **__: _Kept(self._sampler)  # type: ignore[assignment, misc]
         with tempfile.TemporaryDirectory() as home:
             context = opened(self._config, Path(home))
+            started = time.perf_counter()
             stage.run(context, 0)
-            return sum(s.num_tokens for s in context.folder.need(RolloutRound, 0).shards)
+            elapsed_s = time.perf_counter() - started
+            shards = context.folder.need(RolloutRound, 0).shards
+            return sum(shard.num_tokens for shard in shards), elapsed_s
 
 
 class _Kept:
@@ -104,15 +108,16 @@ class _Kept:
         """Nothing: it takes more turns."""
 
 
-def rates(turns: Sequence[tuple[str, Callable[[], int]]], repeats: int) -> dict[str, float]:
+def rates(
+    turns: Sequence[tuple[str, Callable[[], tuple[int, float]]]], repeats: int
+) -> dict[str, float]:
     """Completion tokens a second of each, a median of turns after one that warms up."""
     found: dict[str, list[float]] = {name: [] for name, _ in turns}
     turns[0][1]()
     for _ in range(repeats):
         for name, run in turns:
-            started = time.perf_counter()
-            num_tokens = run()
-            found[name].append(num_tokens / (time.perf_counter() - started))
+            num_tokens, elapsed_s = run()
+            found[name].append(num_tokens / elapsed_s)
     return {f"{name}_tokens_per_s": median(values) for name, values in found.items()}
 
 
