@@ -22,11 +22,13 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# The package as it is installed, put together of links, so that mypy sees one tree.
+# The package as it is installed, put together of links, so that mypy sees one tree; and the
+# benchmarks, which nothing else would hold to a changed contract.
 types: setup
 	rm -rf build/types && mkdir -p build/types/opdcache
 	ln -s $(CURDIR)/opdcache/* $(CURDIR)/cli $(CURDIR)/jobs $(CURDIR)/schemas build/types/opdcache/
-	cd build/types && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache -p opdcache
+	ln -s $(CURDIR)/benchmarks build/types/
+	cd build/types && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache -p opdcache -p benchmarks
 
 unit: setup
 	$(BIN)/pytest -n 2 -m "not engine and not s3 and not slow and not gpu"

@@ -68,7 +68,8 @@ def fill(cache: Cache, folder: RunFolder, pairs: int) -> None:
     cache.pin("large", "rollouts", [shard.key for shard, _ in made])
     cache.pin("large", "scores", [served.key for _, served in made])
     listed = (
-        ScoredShard(content=shard.content, served=(served,), cached=False) for shard, served in made
+        ScoredShard(content=shard.content, teacher=TEACHER, served=(served,), cached=False)
+        for shard, served in made
     )
     folder.write(
         RolloutRound(
@@ -79,7 +80,7 @@ def fill(cache: Cache, folder: RunFolder, pairs: int) -> None:
             elapsed_s=0.0,
         )
     )
-    folder.write(ScoreRound(round=0, teacher=TEACHER, shards=tuple(listed), elapsed_s=0.0))
+    folder.write(ScoreRound(round=0, shards=tuple(listed), elapsed_s=0.0))
 
 
 def _pair(

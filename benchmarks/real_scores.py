@@ -35,11 +35,9 @@ def main() -> None:
     teacher = TransformersScorer(
         model_folder(resolved.config.teacher), dtype="float32", batch_tokens=2048
     )
-    found = (
-        folder.find(kind, index)
-        for kind in (RolloutRound, HeldOutRound)
-        for index in range(resolved.config.rounds + 1)
-    )
+    found: list[RolloutRound | HeldOutRound | None] = []
+    for index in range(resolved.config.rounds + 1):
+        found += [folder.find(RolloutRound, index), folder.find(HeldOutRound, index)]
     ids, logprobs = [], []
     for shard in (shard for file in found if file is not None for shard in file.shards):
         table = cache.read_rollouts(cache.need_rollouts(shard))

@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
+from unittest import mock
 
 from opdcache.rollout import stage
 from opdcache.rollout.engine import Sampler
@@ -88,8 +89,8 @@ class Turns:
     def stage(self) -> tuple[int, float]:
         """The stage in an empty cache; gives the completion tokens, and seconds without opening
         the run."""
-        stage.Sampler = lambda *_, **__: _Kept(self._sampler)  # type: ignore[assignment, misc]
-        with tempfile.TemporaryDirectory() as home:
+        kept = mock.patch.object(stage, "Sampler", return_value=_Kept(self._sampler))
+        with kept, tempfile.TemporaryDirectory() as home:
             context = opened(self._config, Path(home))
             started = time.perf_counter()
             stage.run(context, 0)

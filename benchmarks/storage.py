@@ -62,7 +62,9 @@ class Codec:
 
 def derived_tail(logprobs: NDArray[np.floating]) -> NDArray[np.floating]:
     """A tail that is not stored: what the kept entries leave of 1, at least a rounding."""
-    return np.log(np.maximum(1 - np.exp(logprobs.astype(np.float64)).sum(axis=1), 6e-8))
+    left = np.maximum(1 - np.exp(logprobs.astype(np.float64)).sum(axis=1), 6e-8)
+    tail: NDArray[np.floating] = np.log(left)
+    return tail
 
 
 def opdcache(name: str, step: float, compression: Compression) -> Codec:
