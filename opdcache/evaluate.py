@@ -18,8 +18,10 @@ from .heads import Divergence, Side, divergence
 from .identity import digest
 from .resolve import model_folder
 from .runfolder import RunContext
+from .schemas.config import RunConfig
 from .schemas.rounds import EvaluationRound, HeldOutRound
-from .schemas.teachers import TransformersBackend
+from .schemas.teachers import TransformersBackend, VllmBackend
+from .score.backends import model_arguments
 from .score.rendering import Rendering
 from .score.teacher import Sequences, by_length
 from .score.transformers_scorer import TransformersScorer
@@ -37,13 +39,14 @@ def run(context: RunContext) -> list[EvaluationRound]:
     """Evaluate every student whose held-out completions are there and that is not evaluated yet.
 
     Raises:
-        ConfigError: the run has no evaluation.
+        ConfigError: the run has no evaluation, or transformers cannot be a teacher that vLLM is.
         InputsMissing: no student has sampled held-out prompts yet.
     """
     if context.config.evaluation is None:
         raise ConfigError(
             "the run has no evaluation", where=context.folder.path, remedy="add 'evaluation' to it"
         )
+    _refuse_other_models(context.config)
     teachers = _Teachers(context)
     made = []
     for round_index in range(context.config.rounds + 1):
@@ -62,6 +65,18 @@ def run(context: RunContext) -> list[EvaluationRound]:
             remedy="run 'opdcache rollout RUN.yaml --round 0' first",
         )
     return made
+
+
+def _refuse_other_models(config: RunConfig) -> None:
+    """Raise where vLLM's engine arguments change a teacher: transformers would be another one."""
+    for teacher in (config.teacher, *config.teachers.values()):
+        changed = model_arguments(teacher) if isinstance(teacher.backend, VllmBackend) else {}
+        if changed:
+            raise ConfigError(
+                f"teacher.backend.engine: {min(changed)!r} may change the teacher, and evaluation "
+                "compares with it as transformers loads it",
+                remedy="evaluate with a run file that has no such argument",
+            )
 
 
 def _evaluate(

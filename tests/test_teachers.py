@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 import opdcache
 from opdcache import evaluate
+from opdcache.errors import ConfigError
 from opdcache.identity import FileHashes, model_fingerprint
 from opdcache.importing import import_rollouts
 from opdcache.resolve import load_tokenizer
@@ -387,3 +388,18 @@ def test_evaluation_is_the_full_kl_to_each_task_s_teacher_behind_its_prompt(
     assert found.reverse_kl == pytest.approx(float(torch.cat(values).mean()), rel=1e-4)
     assert set(found.teachers) == {context.resolved.teacher, context.resolved.teachers["maths"]}
     assert RunFolder(bench.folder / "run").find(ScoreRound, 0) is None
+
+
+def test_evaluation_is_refused_where_vllm_s_arguments_change_a_teacher(
+    bench: Bench, tiny_teacher: Path, maths_teacher: Path
+) -> None:
+    backend = {"type": "vllm", "engine": {"max_model_len": 64, "quantization": "fp8"}}
+    context = bench.open(
+        "run",
+        model(tiny_teacher),
+        teachers={"maths": model(maths_teacher) | {"backend": backend}},
+        evaluation={"source": {"type": "jsonl", "path": "held-out"}},
+    )
+
+    with pytest.raises(ConfigError, match="'quantization' may change the teacher"):
+        evaluate.run(context)
