@@ -26,7 +26,7 @@ from .stage import Silent, Worker
 from .store.cache import Cache, as_listed
 
 AnySampled = TypeVar("AnySampled", RolloutRound, HeldOutRound)
-_TOKENIZER_FILES = ("*.json", "*.jinja", "*.txt", "*.model")
+_TOKENIZER_FILES = ["*.json", "*.jinja", "*.txt", "*.model"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +108,7 @@ def look(config: RunConfig) -> Look:
         vocab_size=0,
     )
     context = RunContext(unresolved, folder, cache, Silent(), Worker())
-    return Look(context, _tokenizer_folder(config.student), is_blind=not is_empty)
+    return Look(context, model_folder(config.student, only=_TOKENIZER_FILES), is_blind=not is_empty)
 
 
 def _models(config: RunConfig) -> list[ModelRef]:
@@ -129,23 +129,6 @@ def _is_here(ref: ModelRef) -> bool:
         return bool(weight_files(Path(found)))
     except (OSError, ValueError, ModelError):
         return False
-
-
-def _tokenizer_folder(ref: ModelRef) -> Path:
-    """A folder with a model's tokenizer: of a hub id, without the weights."""
-    if Path(ref.model).is_absolute():
-        return Path(ref.model)
-    from huggingface_hub import snapshot_download
-
-    try:
-        wanted = list(_TOKENIZER_FILES)
-        return Path(snapshot_download(ref.model, revision=ref.revision, allow_patterns=wanted))
-    except (OSError, ValueError) as error:
-        raise ModelError(
-            "neither a model folder nor a model that the hub gives",
-            where=ref.model,
-            remedy="check the path, relative to the run file",
-        ) from error
 
 
 class Rounds:

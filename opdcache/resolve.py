@@ -112,8 +112,11 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     return tokenizer
 
 
-def model_folder(ref: ModelRef) -> Path:
+def model_folder(ref: ModelRef, only: list[str] | None = None) -> Path:
     """The model's folder; a hub id is downloaded, or found in the hub's cache.
+
+    Args:
+        only: patterns of the files that are needed; all by default.
 
     Raises:
         ModelError: neither a folder nor a model of the hub.
@@ -123,7 +126,7 @@ def model_folder(ref: ModelRef) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(ref.model, revision=ref.revision))
+        return Path(snapshot_download(ref.model, revision=ref.revision, allow_patterns=only))
     except (OSError, ValueError) as error:
         raise ModelError(
             "neither a model folder nor a model that the hub gives",
