@@ -18,8 +18,11 @@ from .errors import ModelError
 
 CHUNK_TOKENS = 512
 _CACHED_ENTRIES = 2**20
+"""Logits of a block on a CPU: 4 MiB of them, and as much again of their exponentials."""
 _GROUP = 32
+"""Entries of a group, when the likeliest are looked for and draws are placed."""
 _TINY = 1e-30
+"""Sums of exponentials below this have lost bits: float32 ends at 1e-38."""
 
 Side = tuple[Tensor, Tensor]
 """A model's distributions: hidden states [T, D], and the weight of its head [V, D]."""
@@ -396,8 +399,8 @@ def _draw(weights_BV: Tensor, uniforms_BN: Tensor) -> Tensor:
     cdf_BM = (
         padded_BV.view(len(padded_BV), _GROUP, size).sum(dim=1, dtype=torch.float64).cumsum(dim=1)
     )
-    total_B = cdf_BM[:, -1:]
-    goals_BN = torch.minimum(uniforms_BN * total_B, total_B.nextafter(total_B.new_zeros(())))
+    total_B1 = cdf_BM[:, -1:]
+    goals_BN = torch.minimum(uniforms_BN * total_B1, total_B1.nextafter(total_B1.new_zeros(())))
     groups_BN = torch.searchsorted(cdf_BM, goals_BN, right=True)
     above_BN = cdf_BM.gather(1, groups_BN)
     below_BN = torch.where(groups_BN > 0, cdf_BM.gather(1, (groups_BN - 1).clamp(min=0)), 0.0)

@@ -312,7 +312,7 @@ class RunConfig(Model):
             lacking = sorted(self.columns_of(teacher) - teacher.can_give)
             if lacking:
                 raise ValueError(
-                    f"score: a {teacher.backend.type} teacher cannot give {lacking[0]!r}, only "
+                    f"score: the backend {teacher.backend.type!r} cannot give {lacking[0]!r}, only "
                     f"{', '.join(sorted(teacher.can_give))}"
                 )
         return self
@@ -331,7 +331,7 @@ class RunConfig(Model):
         served = [t for t in (self.teacher, *self.teachers.values()) if t.backend.type == "http"]
         if self.evaluation is not None and served:
             raise ValueError(
-                "evaluation: it compares whole distributions, which a http teacher does not give"
+                "evaluation: it compares whole distributions, which an http teacher does not give"
             )
         return self
 

@@ -504,13 +504,13 @@ def test_columns_that_a_backend_cannot_give_are_refused_by_name(
 ) -> None:
     said = fault(run_file(tmp_path, {part: model, "score.columns": ["topk", "entropy"]}))
 
-    assert f"a {kind} teacher cannot give 'entropy', only sampled, topk" in said
+    assert f"the backend '{kind}' cannot give 'entropy', only sampled, topk" in said
 
 
 def test_draws_of_a_teacher_that_gives_none_are_refused(tmp_path: Path) -> None:
     said = fault(run_file(tmp_path, {"teacher": VLLM, "score.draws": 4}))
 
-    assert "a vllm teacher cannot give 'draws'" in said
+    assert "the backend 'vllm' cannot give 'draws'" in said
 
 
 @pytest.mark.parametrize("part", ["teacher", "teachers.maths"])
