@@ -1,7 +1,4 @@
-"""A teacher in transformers: every column, exactly, of its distributions at completion positions.
-
-Sequences are padded on the right and attended causally, so padding is never seen and needs no mask.
-"""
+"""A teacher in transformers: every column, of whole distributions at completion positions."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,7 +12,8 @@ from torch import Tensor
 from ..heads import TeacherStats, split_head, teacher_statistics
 from ..models import default_device, load_model
 from ..store.scores import Draws, Scores, StudentTopK, TopK
-from .teacher import Ask, Batch, Sequences, by_length
+from .forwards import Forwards
+from .teacher import Ask, Batch, Sequences
 
 
 class TransformersScorer:
@@ -40,9 +38,10 @@ class TransformersScorer:
         arguments: Mapping[str, JsonValue] | None = None,
     ) -> None:
         model = load_model(folder, dtype, default_device(), arguments)
-        self._body, self._head = split_head(model, folder)
+        body, self._head = split_head(model, folder)
         self._device = model.get_input_embeddings().weight.device  # type: ignore[operator]
         self._batch_tokens = batch_tokens
+        self._forwards = Forwards(body, self._device, batch_tokens)
 
     @torch.no_grad()
     def score(self, sequences: Sequences, ask: Ask) -> Iterator[Batch]:
@@ -51,11 +50,11 @@ class TransformersScorer:
         recorded_TS = torch.from_numpy(sequences.recorded_TS)
         uniforms_TN = None if ask.uniforms_TN is None else torch.from_numpy(ask.uniforms_TN)
         sequences.need_ids_below(self._head.weight.shape[0])
-        for rows in by_length(sequences.lengths, self._batch_tokens):
-            hidden_TD, at_T = self.hidden(sequences, rows), sequences.places(rows)
-            device = hidden_TD.device
+        device = self.head_weight.device
+        for rows, hidden_TD in self._forwards.each(sequences):
+            at_T = sequences.places(rows)
             stats = teacher_statistics(
-                hidden_TD,
+                hidden_TD.to(device),
                 self.head_weight,
                 sampled_T[at_T].to(device),
                 recorded_TS[at_T].to(device),
@@ -72,32 +71,22 @@ class TransformersScorer:
             "backend": "transformers",
             "batch_tokens": self._batch_tokens,
             "device": str(self._device),
+            "continues": self._forwards.continues,
         }
 
     def close(self) -> None:
         """See ``Teacher``."""
-        del self._body, self._head
+        del self._forwards, self._head
 
     @property
     def head_weight(self) -> Tensor:
         """The LM head, [V, D]."""
         return self._head.weight
 
-    @torch.no_grad()
     def hidden(self, sequences: Sequences, rows: Sequence[int]) -> Tensor:
         """Hidden states that predict the rows' completion tokens, one row after the other, [T, D],
         from one forward."""
-        whole = [sequences.whole(row) for row in rows]
-        padded = np.zeros((len(rows), max(len(w) for w in whole)), np.int64)
-        for row, ids in enumerate(whole):
-            padded[row, : len(ids)] = ids
-        body = self._body(input_ids=torch.from_numpy(padded).to(self._device), use_cache=False)
-        states: Tensor = body.last_hidden_state.to(self._head.weight.device)
-        starts = [len(sequences.prompts[r]) - 1 for r in rows]
-        counts = [len(sequences.completions[r]) for r in rows]
-        return torch.cat(
-            [states[i, s : s + n] for i, (s, n) in enumerate(zip(starts, counts, strict=True))]
-        )
+        return self._forwards.alone(sequences, rows).to(self.head_weight.device)
 
 
 def _as_scores(stats: TeacherStats, num_tokens: NDArray[np.int64], ask: Ask) -> Scores:
