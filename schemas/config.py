@@ -184,7 +184,7 @@ class ScoreConfig(Model):
         0, ge=0, le=65535, description="ids drawn a token from the teacher's distribution"
     )
     draw_seed: int = Field(0, ge=0, description="seed of the draws")
-    batch_tokens: int = Field(8192, ge=1, description="padded tokens of one teacher forward at most")
+    batch_tokens: int = Field(8192, ge=1, description="padded tokens of a teacher forward at most")
 
 
 class OptimizerConfig(Model):
