@@ -111,7 +111,7 @@ def test_a_cache_where_a_file_is_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_text("")
 
-    with pytest.raises(StoreError, match="file"):
+    with pytest.raises(StoreError, match="it is a file; give a folder or a URL"):
         ObjectStore(str(file))
 
 

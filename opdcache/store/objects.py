@@ -75,6 +75,8 @@ class ObjectStore:
                 self._store = from_url(url, retry_config=_PATIENCE)
             else:
                 self._folder = local_folder(url)
+                if self._folder.is_file():
+                    raise StoreError("it is a file", where=url, remedy="give a folder or a URL")
                 self._store = LocalStore(self._folder, mkdir=True)
 
     def each(self, do: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
