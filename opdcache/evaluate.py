@@ -117,7 +117,7 @@ def _sequences(table: pa.Table, rendering: Rendering | None = None) -> Sequences
     prompts = (
         rendering.prompts(table) if rendering else shards.token_lists(table, "prompt_token_ids")
     )
-    return Sequences(prompts, completions, np.zeros((sum(map(len, completions)), 0), np.int64))
+    return Sequences(prompts, completions, np.zeros((sum(map(len, completions)), 0), np.int32))
 
 
 def _compare(

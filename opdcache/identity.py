@@ -17,7 +17,7 @@ import pyarrow as pa
 from .errors import ModelError
 from .schemas.base import Model
 
-_HASHED_COLUMNS = ("prompt_token_ids", "completion_token_ids", "student_topk_ids")
+HASHED_COLUMNS = ("prompt_token_ids", "completion_token_ids", "student_topk_ids")
 _TOKENIZER_FILES = (
     "tokenizer*",
     "special_tokens_map.json",
@@ -55,16 +55,18 @@ def derived_seed(run_seed: int, round_index: int, prompt_id: str, sample_index: 
 def content_hash(table: pa.Table) -> str:
     """Hash of a rollout table's token ids, recorded ids and row order: never of file bytes."""
     state = hashlib.sha256()
-    for name in _HASHED_COLUMNS:
+    for name in HASHED_COLUMNS:
         state.update(name.encode() + b"\0")
         if name not in table.column_names:
             continue
-        values = table.column(name).combine_chunks()
-        while pa.types.is_list(values.type):
-            lengths = np.diff(values.offsets.to_numpy())
-            state.update(np.int64(len(lengths)).tobytes() + lengths.astype("<i8").tobytes())
-            values = values.flatten()
-        state.update(values.to_numpy().astype("<i4").tobytes())
+        chunks, kind = table.column(name).chunks, table.schema.field(name).type
+        while pa.types.is_list(kind):
+            state.update(np.int64(sum(map(len, chunks))).tobytes())
+            for chunk in chunks:
+                state.update(np.diff(chunk.offsets.to_numpy()).astype("<i8").data)
+            chunks, kind = [chunk.flatten() for chunk in chunks], kind.value_type
+        for chunk in chunks:
+            state.update(chunk.to_numpy().astype("<i4", copy=False))
     return state.hexdigest()
 
 

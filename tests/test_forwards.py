@@ -31,7 +31,7 @@ def ids(count: int) -> NDArray[np.int32]:
 def completions_of(*prompts: NDArray[np.int32]) -> Sequences:
     """Completions of 0 to 13 tokens, of each prompt, in turn."""
     completions = [ids(7 * i % 14) for i in range(4 * len(prompts))]
-    recorded = np.zeros((sum(map(len, completions)), 0), np.int64)
+    recorded = np.zeros((sum(map(len, completions)), 0), np.int32)
     return Sequences([*prompts] * 4, completions, recorded)
 
 
@@ -112,7 +112,7 @@ def test_states_are_those_of_one_whole_sequence_at_a_time(
 def test_each_prompt_is_read_once(tiny_teacher: Path) -> None:
     body = Counting(llama(tiny_teacher))
     prompt, completions = ids(50), [ids(10) for _ in range(16)]
-    sequences = Sequences([prompt] * 16, completions, np.zeros((160, 0), np.int64))
+    sequences = Sequences([prompt] * 16, completions, np.zeros((160, 0), np.int32))
     forwards = Forwards(body, CPU, 10_000)
     body.num_tokens = 0
 
@@ -126,7 +126,7 @@ def test_sequences_that_share_little_are_read_whole(tiny_teacher: Path) -> None:
     body = Counting(llama(tiny_teacher))
     begin = ids(3)
     prompts = [np.append(begin, ids(40)) for _ in range(4)]
-    sequences = Sequences(prompts, [ids(10) for _ in prompts], np.zeros((40, 0), np.int64))
+    sequences = Sequences(prompts, [ids(10) for _ in prompts], np.zeros((40, 0), np.int32))
     forwards = Forwards(body, CPU, 10_000)
     body.num_tokens = 0
 

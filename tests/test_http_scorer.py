@@ -144,7 +144,7 @@ def sequences(*completions: list[int]) -> Sequences:
     return Sequences(
         [np.array([7, 8], np.int32) for _ in completions],
         [np.array(ids, np.int32) for ids in completions],
-        np.zeros((sum(map(len, completions)), 0), np.int64),
+        np.zeros((sum(map(len, completions)), 0), np.int32),
     )
 
 

@@ -182,6 +182,15 @@ def test_the_content_hash_changes_with_any_id(column: str) -> None:
     assert len(hashes) == num_ids + 1
 
 
+def test_the_content_hash_does_not_change_with_how_the_table_lies_in_memory() -> None:
+    rows = [completion(i, tokens=range(i)) for i in range(4)]
+    whole = rollout_table(rows)
+    in_chunks = pa.concat_tables([whole.slice(0, 0), whole.slice(0, 1), whole.slice(1)])
+
+    assert in_chunks.column("completion_token_ids").num_chunks > 1
+    assert content_hash(in_chunks) == content_hash(whole)
+
+
 def test_the_content_hash_changes_with_the_order_of_rows() -> None:
     rows = [completion(0), completion(1, tokens=(9,))]
 

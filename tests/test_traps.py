@@ -136,7 +136,7 @@ def test_trap_1_an_answer_that_is_shifted_by_one_is_refused(shift: int) -> None:
 
 # No text of these ids tokenises to them again: a lone byte of a longer sign, EOS as text.
 ODD = [ids(97, 195, 98), ids(EOS_ID, 97), ids(104, EOS_ID, EOS_ID), ids(255)]
-ODD_SEQUENCES = Sequences([ids(104, 105)] * len(ODD), ODD, np.zeros((9, 0), np.int64))
+ODD_SEQUENCES = Sequences([ids(104, 105)] * len(ODD), ODD, np.zeros((9, 0), np.int32))
 
 
 def dense(folder: Path, sequences: Sequences) -> torch.Tensor:
@@ -224,7 +224,7 @@ def test_trap_2_sequences_that_share_blocks_are_scored_as_if_alone(
     prefix = ids(*((7 * i + 3) % 250 for i in range(100)))
     completions = [np.concatenate([ids(*range(50)), ids(i, EOS_ID)]) for i in (60, 70)]
     completions.append(completions[0])  # the same sequence again
-    recorded = np.zeros((156, 0), np.int64)
+    recorded = np.zeros((156, 0), np.int32)
     together = Sequences([prefix] * 3, completions, recorded)
     ask = Ask(ENGINE, K, 1.0, TINY_VOCAB)
     exact = dense(tiny_teacher, together).numpy()
@@ -405,7 +405,7 @@ def test_trap_4_ids_that_an_engine_did_not_look_up_are_an_error(
     fake: VllmScorer, monkeypatch: pytest.MonkeyPatch, given: Any
 ) -> None:
     monkeypatch.setattr(FakeOutput, "prompt_token_id_logprobs", given)
-    sequences = Sequences([ids(1, 2)], [ids(3, 4, 5)], np.zeros((3, 3), np.int64))
+    sequences = Sequences([ids(1, 2)], [ids(3, 4, 5)], np.zeros((3, 3), np.int32))
     with pytest.raises(EngineError, match="did not look up"):
         list(fake.score(sequences, Ask(ENGINE | {"student_topk"}, K, 1.0, TINY_VOCAB)))
 
@@ -525,7 +525,7 @@ def test_trap_6_models_whose_padding_differs_are_scored_on_the_ids_that_both_hav
     sequences = Sequences(
         [np.asarray(row["prompt_token_ids"], np.int32) for row in ROWS],
         [np.asarray(row["completion_token_ids"], np.int32) for row in ROWS],
-        np.zeros((5, 0), np.int64),
+        np.zeros((5, 0), np.int32),
     )
     exact = dense(models["teacher"], sequences).numpy()
     topk = topk_of(scores)

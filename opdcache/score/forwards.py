@@ -120,7 +120,7 @@ class Forwards:
 
         ids = np.arange(1, 13, dtype=np.int32)
         prompts, completions = [ids[:6], ids[:6], ids[3:5]], [ids[5:9], ids[7:9], ids[1:8]]
-        probe, rows = Sequences(prompts, completions, np.zeros((13, 0), np.int64)), [0, 1, 2]
+        probe, rows = Sequences(prompts, completions, np.zeros((13, 0), np.int32)), [0, 1, 2]
         read = self._states(_padded([ids]), np.ones((1, 12), np.bool_))
         kept: Any = getattr(read, "past_key_values", None)
         plain = (DynamicLayer, DynamicSlidingWindowLayer)

@@ -25,7 +25,13 @@ from ..store.cache import Cache
 
 
 class Rendering:
-    """How a scoring model reads a shard's prompts."""
+    """How a scoring model reads a shard's prompts.
+
+    Attributes:
+        COLUMNS: of a shard that a prompt is made of, beside its token ids.
+    """
+
+    COLUMNS = ("rollout_id", "messages", "answer", "task")
 
     def __init__(self, config: TeacherConfig) -> None:
         self._config = config
@@ -38,7 +44,7 @@ class Rendering:
         """
         if self._config.prompt is None:
             return AS_SAMPLED
-        table = cache.read_rollouts(cache.need_rollouts(rollout))
+        table = cache.read_rollouts(cache.need_rollouts(rollout), self.COLUMNS)
         return digest([ids.tolist() for ids in self.prompts(table)])
 
     def prompts(self, table: pa.Table) -> list[NDArray[np.int32]]:
@@ -51,8 +57,7 @@ class Rendering:
         own = self._config.prompt
         if own is None:
             return shards.token_lists(table, "prompt_token_ids")
-        names = [n for n in ("rollout_id", "messages", "answer", "task") if n in table.column_names]
-        rows = table.select(names).to_pylist()
+        rows = table.select([n for n in self.COLUMNS if n in table.column_names]).to_pylist()
         distinct: dict[tuple[str | None, str | None], dict[str, str | None]] = {}
         for row in rows:
             distinct.setdefault(_asked(row), row)

@@ -313,12 +313,12 @@ class _Scorer:
 def read_sequences(context: RunContext, task: ScoreTask) -> Sequences:
     """A rollout shard as the task's model reads it."""
     cache = context.cache
-    table = cache.read_rollouts(cache.need_rollouts(task.rollout))
+    table = cache.read_rollouts(cache.need_rollouts(task.rollout), Rendering.COLUMNS)
     num_tokens = int(shards.token_offsets(table)[-1])
     recorded = (
-        shards.flat_tokens(table, "student_topk_ids", np.int64)
+        shards.flat_tokens(table, "student_topk_ids", np.int32)
         if "student_topk" in task.identity.columns
-        else np.zeros((num_tokens, 0), np.int64)
+        else np.zeros((num_tokens, 0), np.int32)
     )
     return Sequences(
         task.model.rendering.prompts(table),

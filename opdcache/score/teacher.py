@@ -25,12 +25,12 @@ class Sequences:
     Attributes:
         prompts: int32 token ids of each prompt, as the teacher reads it; never empty.
         completions: int32 token ids of each completion; may be empty.
-        recorded_TS: int64 [T, S], more ids to look up at each token; S may be 0.
+        recorded_TS: int32 [T, S], more ids to look up at each token; S may be 0.
     """
 
     prompts: Sequence[NDArray[np.int32]]
     completions: Sequence[NDArray[np.int32]]
-    recorded_TS: NDArray[np.int64]
+    recorded_TS: NDArray[np.int32]
 
     @property
     def offsets(self) -> NDArray[np.int64]:

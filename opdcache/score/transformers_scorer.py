@@ -47,7 +47,6 @@ class TransformersScorer:
     def score(self, sequences: Sequences, ask: Ask) -> Iterator[Batch]:
         """See ``Teacher``."""
         sampled_T = torch.from_numpy(sequences.sampled_T)
-        recorded_TS = torch.from_numpy(sequences.recorded_TS)
         uniforms_TN = None if ask.uniforms_TN is None else torch.from_numpy(ask.uniforms_TN)
         sequences.need_ids_below(self._head.weight.shape[0])
         device = self.head_weight.device
@@ -57,7 +56,7 @@ class TransformersScorer:
                 hidden_TD.to(device),
                 self.head_weight,
                 sampled_T[at_T].to(device),
-                recorded_TS[at_T].to(device),
+                torch.from_numpy(sequences.recorded_TS[at_T]).to(device, torch.int64),
                 k=ask.k,
                 mass=ask.mass,
                 num_ids=ask.num_ids,

@@ -13,7 +13,7 @@ Layout (``docs/format.md``)::
 
 import json
 import secrets
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
@@ -28,7 +28,7 @@ from ..errors import (
     ObjectMissing,
     UnknownSchema,
 )
-from ..identity import canonical_json, content_hash, digest, key_of
+from ..identity import HASHED_COLUMNS, canonical_json, content_hash, digest, key_of
 from ..schemas import SCHEMA_VERSION
 from ..schemas.columns import ScoreColumn
 from ..schemas.manifests import (
@@ -164,15 +164,21 @@ class Cache:
             missing -= gives[best]
         return None if missing else served
 
-    def read_rollouts(self, manifest: RolloutManifest) -> pa.Table:
+    def read_rollouts(
+        self, manifest: RolloutManifest, columns: Collection[str] | None = None
+    ) -> pa.Table:
         """The shard's table, checked against its manifest.
+
+        Args:
+            columns: which to decode, beside those with token ids; all by default.
 
         Raises:
             ObjectMissing, ChecksumMismatch, InvalidShard: it is not what was committed.
         """
         with _at_fault(manifest):
             file = self.files_of(manifest)[rollouts.FILE]
-            table = rollouts.decode_rollouts(file.read(0, file.size_bytes))
+            read = None if columns is None else {*columns, *HASHED_COLUMNS}
+            table = rollouts.decode_rollouts(file.read(0, file.size_bytes), read)
             if content_hash(table) != manifest.content:
                 raise InvalidShard(
                     "content hash differs from the manifest's",

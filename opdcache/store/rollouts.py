@@ -1,7 +1,7 @@
 """Rollout shards: completions of one task as a Parquet file, a row each."""
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
@@ -93,16 +93,21 @@ def encode_rollouts(table: pa.Table) -> bytes:
     return bytes(sink.getvalue())
 
 
-def decode_rollouts(data: bytes) -> pa.Table:
+def decode_rollouts(data: bytes, columns: Collection[str] | None = None) -> pa.Table:
     """Inverse of ``encode_rollouts``.
+
+    Args:
+        columns: which to decode, where the shard has them; all by default.
 
     Raises:
         InvalidShard: not a Parquet file, or one without a rollout's columns.
     """
     with _decoding():
-        table = pq.ParquetFile(pa.BufferReader(data)).read(use_threads=False)
-    _check_columns(table.column_names)
-    return table
+        parquet = pq.ParquetFile(pa.BufferReader(data))
+        names = parquet.schema_arrow.names
+        _check_columns(names)
+        wanted = [name for name in names if columns is None or name in columns]
+        return parquet.read(columns=wanted, use_threads=False)
 
 
 class OpenRollouts:
@@ -180,11 +185,14 @@ def supervised_tokens(table: pa.Table) -> NDArray[np.bool_]:
 
 
 def flat_tokens(table: pa.Table, column: str, dtype: type[Scalar]) -> NDArray[Scalar]:
-    """A list column on the shard's token axis: [T], or [T, S] for the recorded entries."""
+    """A list column on the shard's token axis: [T], or [T, S] for the recorded entries.
+
+    It may be a view of the table's memory, which is not to be written to.
+    """
     values = table.column(column).combine_chunks().flatten()
     shape: tuple[int, ...] = (len(values),)
     if pa.types.is_list(values.type):
         shape = (len(values), len(values[0]) if len(values) else 0)
         values = values.flatten()
-    flat: NDArray[Scalar] = values.to_numpy(zero_copy_only=False).astype(dtype)
+    flat: NDArray[Scalar] = values.to_numpy(zero_copy_only=False).astype(dtype, copy=False)
     return flat.reshape(shape)
