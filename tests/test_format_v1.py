@@ -8,8 +8,8 @@ import pytest
 
 import opdcache
 from opdcache.identity import digest
-from opdcache.schemas.columns import SCORE_ARRAYS
-from opdcache.schemas.manifests import ScoreManifest
+from opdcache.schemas.columns import ROLLOUT_COLUMNS, SCORE_ARRAYS
+from opdcache.schemas.manifests import ImportIdentity, RolloutManifest, ScoreManifest
 from opdcache.store import codec, rollouts
 from opdcache.store.cache import Cache, data_prefix
 from opdcache.store.encoding import encode_scores
@@ -18,6 +18,7 @@ from opdcache.store.upkeep import verify, with_key
 
 V1 = Path(__file__).parent / "data" / "v1"
 EXPECTED = json.loads((V1 / "expected.json").read_text())
+KINDS = ("rollouts", "imported")
 
 
 @pytest.fixture
@@ -47,13 +48,30 @@ def test_the_golden_cache_is_sound_and_its_keys_are_made_again_from_their_preima
         assert digest(stored_manifest["identity"]) == stored_manifest["key"]
 
 
-def test_the_golden_cache_has_every_array_of_the_format() -> None:
+def test_the_golden_cache_has_every_array_and_every_column_of_the_format() -> None:
     assert set(EXPECTED["arrays"]) == {spec.name for spec in SCORE_ARRAYS}
+    columns = {name for kind in KINDS for row in EXPECTED[kind] for name in row}
+    assert columns == {column.name for column in ROLLOUT_COLUMNS}
 
 
-def test_the_golden_rollouts_are_read_as_pyarrow_reads_them(cache: Cache) -> None:
-    (manifest,) = (m for m in with_key(cache, "") if not isinstance(m, ScoreManifest))
-    assert cache.read_rollouts(manifest).to_pylist() == EXPECTED["rollouts"]
+def rollouts_of(cache: Cache, kind: str) -> RolloutManifest:
+    """The golden shard that the rollout stage made, or the one that was imported."""
+    found = (m for m in with_key(cache, "") if isinstance(m, RolloutManifest))
+    imported = kind == "imported"
+    (manifest,) = (m for m in found if isinstance(m.identity, ImportIdentity) == imported)
+    return manifest
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_golden_rollouts_are_read_as_pyarrow_reads_them(cache: Cache, kind: str) -> None:
+    manifest = rollouts_of(cache, kind)
+    assert cache.read_rollouts(manifest).to_pylist() == EXPECTED[kind]
+
+
+def test_some_columns_of_rollouts_are_read_beside_those_that_are_hashed(cache: Cache) -> None:
+    read = cache.read_rollouts(rollouts_of(cache, "imported"), ["messages", "no such"])
+    names = ["prompt_token_ids", "completion_token_ids", "messages"]
+    assert read.to_pylist() == [{name: row[name] for name in names} for row in EXPECTED["imported"]]
 
 
 def test_the_golden_scores_are_read_as_zarr_and_the_documented_lines_read_them(
@@ -90,7 +108,8 @@ def test_what_is_read_of_the_golden_cache_is_written_again_to_the_byte(
         assert data == cache.objects.get(place), path
 
 
-def test_the_golden_rollouts_are_written_again_to_the_byte(cache: Cache) -> None:
-    (manifest,) = (m for m in with_key(cache, "") if not isinstance(m, ScoreManifest))
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_golden_rollouts_are_written_again_to_the_byte(cache: Cache, kind: str) -> None:
+    manifest = rollouts_of(cache, kind)
     place = f"{data_prefix(manifest.key, manifest.attempt)}/{rollouts.FILE}"
     assert rollouts.encode_rollouts(cache.read_rollouts(manifest)) == cache.objects.get(place)
