@@ -284,6 +284,20 @@ def test_a_refused_request_is_one_line_and_is_not_tried_again(
     assert sent(ledger) == 5
 
 
+def test_when_one_request_ends_the_stage_the_others_are_not_tried_again(
+    server: Server, scorer: Opens, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teacher = scorer(retries=3)
+    monkeypatch.setattr(http_scorer, "_FIRST_WAIT_S", 30.0)
+    server.wait_s = 0.2  # so that both are under way
+    server.script = [(503, "busy"), (400, "no")]
+    began = time.monotonic()
+    with pytest.raises(EngineError, match="refuses: 400 no"):
+        scored(teacher, [11, 12], [13])
+    assert time.monotonic() - began < 15
+    assert len(server.prompts) == 2
+
+
 def test_a_model_that_is_not_served_is_refused_with_those_that_are(scorer: Opens) -> None:
     with pytest.raises(ConfigError, match=r"does not serve 'tinier'.*one of: tiny"):
         scorer("tinier")

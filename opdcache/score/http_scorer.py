@@ -5,11 +5,11 @@ sent, and never passes the budget.
 """
 
 import os
-import time
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import httpx
@@ -79,6 +79,7 @@ class HttpScorer:
     def __init__(self, model: str, backend: HttpBackend, ledger: Path) -> None:
         self._model, self._backend = model, backend
         self._budget = Budget(ledger, backend.budget_tokens)
+        self._left = Event()
         self._key = _api_key(backend)
         self._client = httpx.Client(
             base_url=backend.url.rstrip("/"),
@@ -109,11 +110,27 @@ class HttpScorer:
         """
         sent = sequences.num_tokens > 0
         self._budget.spend(int((sequences.lengths[sent] + 1).sum()))
-        with ThreadPoolExecutor(self._backend.concurrency) as pool:
+        with self._pool() as pool:
             for rows in by_length(sequences.lengths, BATCH_TOKENS):
                 asked = [row for row in rows if sent[row]]
-                parts = list(pool.map(lambda row: self._logprobs(sequences, row, ask.k), asked))
-                yield Batch(rows, as_scores(sequences.num_tokens[rows], parts, ask))
+                parts = [pool.submit(self._logprobs, sequences, row, ask.k) for row in asked]
+                for part in as_completed(parts):
+                    part.result()  # the first fault ends the shard
+                logprobs = [part.result() for part in parts]
+                yield Batch(rows, as_scores(sequences.num_tokens[rows], logprobs, ask))
+
+    @contextmanager
+    def _pool(self) -> Iterator[ThreadPoolExecutor]:
+        """Threads that ask. Once the block is left by an error, such as a request to stop, nothing
+        more is asked or tried again; what is under way is waited for."""
+        self._left.clear()
+        with ThreadPoolExecutor(self._backend.concurrency) as pool:
+            try:
+                yield pool
+            except BaseException:
+                self._left.set()
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
 
     def details(self) -> dict[str, JsonValue]:
         """See ``Teacher``."""
@@ -147,11 +164,12 @@ class HttpScorer:
         fault = ""
         for turn in range(self._backend.retries + 1):
             if turn:
-                time.sleep(min(_FIRST_WAIT_S * 2 ** (turn - 1), _LONGEST_WAIT_S))
+                if self._left.wait(min(_FIRST_WAIT_S * 2 ** (turn - 1), _LONGEST_WAIT_S)):
+                    break
                 self._budget.spend(again_tokens)
             try:
                 answer = self._client.request(method, path, json=body)
-            except httpx.TransportError as error:
+            except httpx.RequestError as error:
                 fault = str(error) or type(error).__name__
                 continue
             if answer.is_success:
