@@ -103,8 +103,12 @@ def load_prompts(source: PromptSource) -> PromptSet:
                 where=where,
                 remedy="give rows ids of their own",
             )
-    copies = len(listed) - len(distinct)
-    return PromptSet(list(distinct.values()), {"copy of another prompt": copies} if copies else {})
+    kept = {(prompt.content, prompt.answer): prompt for prompt in reversed(distinct.values())}
+    prompts = [
+        prompt for prompt in distinct.values() if kept[prompt.content, prompt.answer] is prompt
+    ]
+    copies = len(listed) - len(prompts)
+    return PromptSet(prompts, {"copy of another prompt": copies} if copies else {})
 
 
 def _parse(row: dict[str, Any], place: str, task: str | None) -> Prompt:
@@ -129,12 +133,22 @@ def parse_chat(messages: Any, place: str) -> tuple[tuple[str, str], ...]:
     """A chat as (role, content) pairs.
 
     Raises:
-        PromptError: it is not a list of objects with both, or an empty one; names the place.
+        PromptError: it is not a list of objects with both and nothing else, or an empty one; names
+            the place.
     """
     try:
         chat = tuple((m["role"], m["content"]) for m in messages)
     except (TypeError, KeyError, IndexError) as error:
         raise PromptError("messages are objects with role and content", where=place) from error
+    more = sorted(
+        {n for m in messages for n, v in m.items() if v is not None} - {"role", "content"}
+    )
+    if more:
+        raise PromptError(
+            f"a message has {more[0]!r}, and only role and content are kept",
+            where=place,
+            remedy="write it into the content, as the chat template would, or leave it out",
+        )
     if not chat or not all(isinstance(part, str) for message in chat for part in message):
         raise PromptError("role and content are text, and there is a message", where=place)
     return chat

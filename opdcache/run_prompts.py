@@ -37,7 +37,7 @@ class RunPrompts:
         if evaluation is None:
             return PromptSet([], {})
         if evaluation.source is not None:
-            listed = load_prompts(evaluation.source)
+            listed = self._evaluation_source
             return PromptSet(listed.prompts[: evaluation.num_prompts], listed.dropped)
         split = sorted(self._split, key=split_point)
         if not split:
@@ -54,7 +54,7 @@ class RunPrompts:
         """Prompts that the schedule walks through, and counts of what it does not, by reason."""
         config, pool = self._config.prompts, self._source
         self._check_tasks()
-        reserved = [*self.held_out.prompts, *self._split]
+        reserved = [*self._evaluation_source.prompts, *self._split]
         texts = {prompt.messages for prompt in reserved}
         held_out = [prompt.messages in texts for prompt in pool.prompts]
         pool = _without(pool, "held out for evaluation", held_out)
@@ -86,6 +86,14 @@ class RunPrompts:
         return load_prompts(self._config.prompts.source)
 
     @cached_property
+    def _evaluation_source(self) -> PromptSet:
+        """All prompts of ``evaluation.source``, asked or not: a longer evaluation may ask them."""
+        evaluation = self._config.evaluation
+        if evaluation is None or evaluation.source is None:
+            return PromptSet([], {})
+        return load_prompts(evaluation.source)
+
+    @cached_property
     def _split(self) -> list[Prompt]:
         """Prompts that the hash holds out."""
         share = self._config.prompts.held_out_share
@@ -93,13 +101,15 @@ class RunPrompts:
 
     def _check_tasks(self) -> None:
         tasks = {prompt.task for prompt in self._source.prompts}
-        unknown = sorted(self._config.prompts.shares.keys() - tasks)
-        if unknown:
-            raise PromptError(
-                f"no prompt has task {unknown[0]!r}",
-                where="prompts.shares",
-                expected=f"one of {', '.join(sorted(tasks))}",
-            )
+        shares, teachers = self._config.prompts.shares, self._config.teachers
+        for where, named in (("prompts.shares", set(shares)), ("teachers", set(teachers))):
+            unknown = sorted(named - tasks)
+            if unknown:
+                raise PromptError(
+                    f"no prompt has task {unknown[0]!r}",
+                    where=where,
+                    expected=f"one of {', '.join(sorted(tasks))}",
+                )
 
 
 def _without(pool: PromptSet, reason: str, leaves: Sequence[bool]) -> PromptSet:

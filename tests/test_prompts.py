@@ -419,6 +419,23 @@ def test_exact_copies_are_dropped_and_counted(tmp_path: Path) -> None:
     assert loaded.dropped == {"copy of another prompt": 3}
 
 
+def test_a_copy_is_dropped_whatever_its_id_but_not_one_with_another_answer(
+    tmp_path: Path,
+) -> None:
+    rows = [{"id": "a", "prompt": "x"}, {"id": "b", "prompt": "x"}, {"id": "a", "prompt": "x"}]
+    loaded = jsonl(tmp_path, *rows, {"id": "c", "prompt": "x", "answer": "1"})
+
+    assert names(loaded.prompts) == ["a", "c"]
+    assert loaded.dropped == {"copy of another prompt": 2}
+
+
+def test_a_field_of_a_message_that_would_be_lost_is_refused(tmp_path: Path) -> None:
+    call = {"role": "assistant", "content": "", "name": None, "tool_calls": [{"name": "f"}]}
+
+    with pytest.raises(PromptError, match=r"jsonl:1: a message has 'tool_calls'.*; write it into"):
+        jsonl(tmp_path, {"messages": [call]})
+
+
 def test_the_same_text_for_another_task_is_another_prompt(tmp_path: Path) -> None:
     loaded = jsonl(tmp_path, {"prompt": "a", "task": "x"}, {"prompt": "a", "task": "y"})
 

@@ -232,3 +232,34 @@ def test_a_near_copy_of_what_the_hash_holds_out_is_left_out_though_it_is_not_eva
 
     assert asked(run.training) == [p["prompt"] for p in kept if p["prompt"] == "x y z"]
     assert run.training.dropped["near copy of an evaluation prompt"] == len(kept) - 1
+
+
+def test_an_evaluation_source_is_never_trained_on_however_little_of_it_is_asked(
+    tmp_path: Path,
+) -> None:
+    evaluation = {"rows": NUMBERS[:100], "num_prompts": 10}
+    run = chosen(tmp_path, NUMBERS, evaluation)
+
+    assert asked(run.held_out) == [row["prompt"] for row in NUMBERS[:10]]
+    assert sorted(asked(run.training)) == sorted(row["prompt"] for row in NUMBERS[100:])
+    assert run.training.dropped[HELD_OUT] == 100
+
+
+def test_a_near_copy_of_any_prompt_of_the_evaluation_source_is_left_out(tmp_path: Path) -> None:
+    evaluation = {"rows": [{"prompt": "another one"}, {"prompt": SENTENCE}], "num_prompts": 1}
+    rows: list[dict[str, object]] = [*NUMBERS[:3], {"prompt": f"{SENTENCE} today"}]
+    run = chosen(tmp_path, rows, evaluation, near_duplicates={"threshold": 0.6})
+
+    assert sorted(asked(run.training)) == [row["prompt"] for row in NUMBERS[:3]]
+
+
+def test_a_teacher_of_a_task_that_no_prompt_has_is_refused(tmp_path: Path) -> None:
+    config = {
+        "student": {"model": "s"},
+        "teacher": {"model": "t"},
+        "teachers": {"mahts": {"model": "m"}},
+        "prompts": {"source": written(tmp_path / "p.jsonl", [{"prompt": "1", "task": "maths"}])},
+    }
+
+    with pytest.raises(PromptError, match=r"teachers: no prompt has task 'mahts'.*one of maths"):
+        RunPrompts(RunConfig.model_validate(config)).training  # noqa: B018
