@@ -1,5 +1,6 @@
 """What every stage shares: many workers make each shard once, and none twice."""
 
+import itertools
 import os
 import signal
 import subprocess
@@ -303,9 +304,17 @@ def test_workers_begin_with_shares_that_cover_the_tasks_once(num_tasks: int, cou
     orders = [Worker(index, count).ordered(listed) for index in range(count)]
 
     assert all(sorted(order) == listed for order in orders)
-    shares = [order[: len(listed[index::count])] for index, order in enumerate(orders)]
-    assert sorted(task for share in shares for task in share) == listed
-    assert all(share == sorted(share) for share in shares)
+    starts = [index * num_tasks // count for index in range(count + 1)]
+    shares = [order[: starts[i + 1] - starts[i]] for i, order in enumerate(orders)]
+    assert [task for share in shares for task in share] == listed
+
+
+@pytest.mark.parametrize("index", range(8))
+def test_a_worker_goes_through_tasks_that_are_alike_one_after_the_other(index: int) -> None:
+    """Each kind stands for a model that is loaded: by turns, each would be loaded many times."""
+    kinds = Worker(index, 8).ordered("A" * 8 + "B" * 9 + "C" * 3)
+
+    assert len([kind for kind, _ in itertools.groupby(kinds)]) <= 4
 
 
 def test_the_only_worker_keeps_the_order_of_the_plan() -> None:
