@@ -99,6 +99,7 @@ def _teacher_lines(teacher: TeacherCost | None, rounds: Sequence[int]) -> Iterat
         f"teacher: {time_text(teacher.cached_s)} of its device to score everything once, "
         f"{time_text(teacher.resident_s)} if it stayed resident: {teacher.ratio:.1f} times as much"
     )
+    yield f"  breaks even where starting it takes {time_text(teacher.break_even_start_s)} a round"
     counts = "/".join(str(each.num_experiments) for each in teacher.shared)
     every = "/".join(time_text(each.all_scores_s) for each in teacher.shared)
     first = "/".join(time_text(each.round_0_s) for each in teacher.shared)

@@ -85,22 +85,27 @@ def reread_samples(batch_samples: int, num_shards: int, held_shards: int) -> flo
     return batch_samples * (1 - held_shards / num_shards)
 
 
-def teacher_cost(rollout_s: float, score_s: float, train_s: float, round_0_s: float) -> TeacherCost:
+def teacher_cost(
+    rollout_s: float, score_s: float, train_s: float, round_0_s: float, num_rounds: int
+) -> TeacherCost:
     """The teacher's device time, held beside the learner and as a batch job.
 
-    A resident teacher's device is held for all three; a cached one's for scoring alone. Of n
+    A resident teacher's device is held for all three; a cached one's for scoring alone, and for
+    starting it every round, which breaks even when it takes as long as the other two stages. Of n
     experiments that share all scores each pays ``score_s / n``; of those that share round 0 alone,
     since their students differ after it, ``score_s - round_0_s + round_0_s / n``.
 
     Args:
         rollout_s, score_s, train_s: seconds of one worker for everything, nothing being there.
         round_0_s: those of ``score_s`` that round 0 takes.
+        num_rounds: how often the cached teacher is started.
     """
     resident = rollout_s + score_s + train_s
     return TeacherCost(
         resident_s=resident,
         cached_s=score_s,
         ratio=resident / score_s,
+        break_even_start_s=(resident - score_s) / num_rounds,
         shared=tuple(
             SharedCost(
                 num_experiments=n,

@@ -201,15 +201,30 @@ def rollout_rate(found: Evidence, context: RunContext) -> Measured:
 
 
 def score_rate(found: Evidence, context: RunContext) -> Measured:
-    """Completion tokens a second of one worker: this machine, one of the teachers, its dtype."""
+    """Completion tokens a second of one worker: this machine, and one of the teachers as it runs.
+
+    References are taken to be as fast.
+    """
     config, resolved = context.config, context.resolved
-    asked = {(resolved.teacher, config.teacher.dtype)}
-    asked |= {(resolved.teachers[task], config.teachers[task].dtype) for task in resolved.teachers}
-    return _rate(
+    teachers = [(resolved.teacher, config.teacher)]
+    teachers += [(resolved.teachers[task], config.teachers[task]) for task in resolved.teachers]
+    prints = {fingerprint for fingerprint, _ in teachers}
+    here = [
         m
         for m in found.scores
-        if (m.identity.teacher, m.identity.dtype) in asked and m.provenance.host == platform.node()
-    )
+        if m.identity.teacher in prints and m.provenance.host == platform.node()
+    ]
+    if not here:
+        return _NO_RATE
+    from .score.backends import model_arguments  # imports torch
+
+    asked = [(f, t.dtype, model_arguments(t), t.backend.type) for f, t in teachers]
+
+    def runs_as(m: ScoreManifest) -> tuple[object, ...]:
+        identity, backend = m.identity, m.provenance.details.get("backend")
+        return identity.teacher, identity.dtype, identity.arguments, backend
+
+    return _rate(m for m in here if runs_as(m) in asked)
 
 
 def train_rate(found: Evidence) -> Measured:

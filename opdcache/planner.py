@@ -254,6 +254,7 @@ def _teacher(basis: _Basis) -> TeacherCost | None:
         score_s=scored / score,
         train_s=scored * basis.config.train.epochs / train,
         round_0_s=first / score,
+        num_rounds=sum(1 for each in basis.rounds if each.training),
     )
 
 

@@ -88,6 +88,10 @@ class TeacherCost(Model):
     resident_s: float = Field(description="device-seconds that a resident teacher is held")
     cached_s: float = Field(description="device-seconds of scoring as a job of its own")
     ratio: float = Field(description="the first over the second")
+    break_even_start_s: float = Field(
+        description="device-seconds a round that starting the cached teacher may take until the "
+        "resident one, which is started once, is as cheap"
+    )
     shared: tuple[SharedCost, ...] = Field(description="what sharing saves")
 
 

@@ -169,7 +169,7 @@ def commit_scores(
         num_rows=rollout.num_rows,
         num_tokens=rollout.num_tokens,
         dropped={},
-        provenance=PROVENANCE,
+        provenance=PROVENANCE.model_copy(update={"details": {"backend": "transformers"}}),
         identity=identity,
         rollout_key=rollout.key,
         vocab_size=VOCAB_SIZE,

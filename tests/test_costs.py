@@ -7,6 +7,7 @@ import pytest
 
 from opdcache import costs
 from opdcache.schemas.manifests import Sampling
+from opdcache.schemas.plan import TeacherCost
 
 
 @pytest.mark.parametrize(
@@ -92,13 +93,25 @@ def test_nothing_is_read_again_of_a_round_that_is_held_whole() -> None:
     assert costs.reread_samples(64, 32, 32) == 0
 
 
+def teacher_cost(**changes: int) -> TeacherCost:
+    usual = {"rollout_s": 3600, "score_s": 1800, "train_s": 5400, "round_0_s": 600, "num_rounds": 3}
+    return costs.teacher_cost(**{**usual, **changes})
+
+
 def test_a_resident_teacher_is_held_while_the_student_samples_and_trains() -> None:
-    cost = costs.teacher_cost(rollout_s=3600, score_s=1800, train_s=5400, round_0_s=600)
+    cost = teacher_cost()
     assert (cost.resident_s, cost.cached_s, cost.ratio) == (10800, 1800, 6)
 
 
+@pytest.mark.parametrize("num_rounds", [1, 3, 10])
+def test_a_teacher_that_takes_long_to_start_breaks_even_with_a_resident_one(
+    num_rounds: int,
+) -> None:
+    cost = teacher_cost(num_rounds=num_rounds)
+    assert cost.cached_s + num_rounds * cost.break_even_start_s == cost.resident_s
+
+
 def test_experiments_pay_their_part_of_the_scores_that_they_share() -> None:
-    cost = costs.teacher_cost(rollout_s=3600, score_s=1800, train_s=5400, round_0_s=600)
-    two, four, _ = cost.shared
+    two, four, _ = teacher_cost().shared
     assert (two.num_experiments, two.all_scores_s, two.round_0_s) == (2, 900, 1500)
     assert (four.num_experiments, four.all_scores_s, four.round_0_s) == (4, 450, 1350)

@@ -368,6 +368,25 @@ def test_another_engine_is_no_measure_of_the_rate(
     assert stage(other, "rollout").tokens_per_s.value is None
 
 
+@pytest.mark.parametrize(
+    "backend",
+    [
+        {"type": "vllm"},
+        {"type": "transformers", "arguments": {"quantization_config": {"bits": 4}}},
+    ],
+)
+def test_another_backend_of_the_teacher_is_no_measure_of_its_rate(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, backend: dict[str, Any]
+) -> None:
+    monkeypatch.setattr(platform, "node", lambda: HERE)
+    path = write_run(folder)
+    context = opened(path)
+    score(context, make(context, 0))
+    other = planned(write_run(folder, "other", teacher={"backend": backend}))
+    assert stage(planned(path), "score").tokens_per_s.value == 3
+    assert stage(other, "score").tokens_per_s.value is None
+
+
 def test_without_a_rate_no_time_is_guessed(folder: Path) -> None:
     path = write_run(folder)
     context = opened(path)
