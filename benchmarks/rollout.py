@@ -71,15 +71,21 @@ class Turns:
 
         sampling = self._config.rollout.sampling
         shared = sampling.model_dump(exclude={"stop", "max_tokens"}) | {"logprobs": logprobs}
+        shared |= {"stop": list(sampling.stop)}
+        room = self._sampler.engine.max_model_len
         num_tokens, started = 0, time.perf_counter()
         for requests, seeds in self._batches:
+            self._sampler.engine.forget()
             outputs = self._sampler.engine.llm.generate(
                 [TokensPrompt(prompt_token_ids=list(r.rendered.token_ids)) for r in requests],
                 [
                     SamplingParams(
-                        **shared, max_tokens=sampling.max_tokens, seed=seed, flat_logprobs=True
+                        **shared,
+                        max_tokens=min(sampling.max_tokens, room - len(r.rendered.token_ids)),
+                        seed=seed,
+                        flat_logprobs=True,
                     )
-                    for seed in seeds
+                    for r, seed in zip(requests, seeds, strict=True)
                 ],
                 use_tqdm=False,
             )
@@ -127,6 +133,7 @@ def measured(config: RunConfig, repeats: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as home:
         plan = stage.plan_round(opened(config, Path(home)), 0)
     rollout = config.rollout
+    assert rollout.sampling.is_plain, "elsewhere the stage reads every completion once more"
     sampler = Sampler(
         plan.student,
         dtype=rollout.dtype,

@@ -97,6 +97,10 @@ class Engine:
             raise EngineError(f"vLLM refuses a request: {_reason(error)}") from error
         return outputs
 
+    def forget(self) -> None:
+        """Drop what is kept of earlier requests: the next batch is computed as the first would."""
+        self.llm.reset_prefix_cache()
+
     def close(self) -> None:
         """Stop the engine and give its memory back."""
         self.llm.llm_engine.engine_core.shutdown()

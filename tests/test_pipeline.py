@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -15,7 +16,9 @@ import torch
 import yaml
 
 from benchmarks.parity import parity
+from opdcache.rollout.engine import Draw, Sampler
 from opdcache.runfolder import RunFolder
+from opdcache.schemas.manifests import Sampling
 from opdcache.schemas.rounds import (
     EvaluationRound,
     HeldOutRound,
@@ -278,6 +281,32 @@ def test_the_same_shards_come_out_with_the_same_tokens_again(
     assert [shard.key for shard in again] == [shard.key for shard in first]
     assert [shard.content for shard in again] == [shard.content for shard in first]
     assert not any(shard.cached for shard in again)
+
+
+def test_a_shard_does_not_hang_on_the_shards_that_its_worker_made_before(
+    tiny_student: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prompts share their keys and values within a batch of requests, and not across batches."""
+    arguments: dict[str, Any] = {"max_model_len": 256}
+    sampler = Sampler(tiny_student, dtype="float32", processed=False, topk=0, arguments=arguments)
+    seen: list[list[int | None]] = []
+    generate = sampler.engine.generate
+
+    def noted(*asked: Any) -> Any:
+        outputs = generate(*asked)
+        seen.append([output.num_cached_tokens for output in outputs])
+        return outputs
+
+    monkeypatch.setattr(sampler.engine, "generate", noted)
+    draws = [Draw((*range(2, 202), last), last) for last in (3, 4)]
+    try:
+        drawn = [sampler.sample(draws, Sampling(max_tokens=4)) for _ in range(2)]
+        sampler.engine.generate([draws[0].prompt_token_ids], [{"max_tokens": 1}])
+    finally:
+        sampler.close()
+    assert [one.token_ids for one in drawn[0]] == [one.token_ids for one in drawn[1]]
+    assert seen[0][0] == seen[1][0] == 0
+    assert (seen[2][0] or 0) > 0  # what would be shared
 
 
 def test_a_second_scoring_of_some_completions_is_as_near_as_the_store_s_step(

@@ -88,7 +88,9 @@ class Sampler:
     def sample(self, draws: Sequence[Draw], sampling: Sampling) -> list[Drawn]:
         """Draw every completion, as one batch of requests.
 
-        A completion ends at the latest where the engine's ``max_model_len`` does.
+        A completion ends at the latest where the engine's ``max_model_len`` does. Prompts that
+        begin alike share their keys and values within the batch, and none with earlier batches:
+        what is drawn hangs on this batch alone.
 
         Raises:
             PromptError: a prompt leaves no room for a completion.
@@ -110,6 +112,7 @@ class Sampler:
                 got=longest,
                 remedy="lower prompts.max_prompt_tokens or raise rollout.engine.max_model_len",
             )
+        self.engine.forget()
         limits = [min(sampling.max_tokens, room - len(d.prompt_token_ids)) for d in draws]
         outputs = self.engine.generate(
             [draw.prompt_token_ids for draw in draws],

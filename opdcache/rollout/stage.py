@@ -243,7 +243,9 @@ def _task(
         vocabulary=context.resolved.vocabulary,
         eos_token_id=policy.eos_token_id,
         prompts=digest([list(r.rendered.token_ids) for r in batch]),
-        labels=digest([[p.prompt_id, r.sample_index, p.task, p.answer] for p, r in asked]),
+        labels=digest(
+            [[p.prompt_id, r.sample_index, p.task, p.answer, p.messages] for p, r in asked]
+        ),
         seeds=digest(seeds),
         num_requests=len(batch),
         sampling=policy.sampling,
