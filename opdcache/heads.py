@@ -212,7 +212,8 @@ def teacher_statistics(
 
     Args:
         sampled_T: int64 [T], the tokens that were sampled.
-        gather_TS: int64 [T, S], more ids to look up; S may be 0.
+        gather_TS: int64 [T, S], more ids to look up; S may be 0. One that the head has no row for
+            has log-prob ``-inf``.
         k: kept entries at most; fewer when the vocabulary is smaller.
         num_ids: entries are kept among the ids below this alone, such as those that a student with
             a smaller padded vocabulary has; the others' mass is tail. All by default.
@@ -288,6 +289,9 @@ def _statistics(
     num_ids: int,
 ) -> tuple[Tensor, ...]:
     """The columns of ``TeacherStats`` for some tokens."""
+    there_BS = gather_BS < dense.shifted_BV.shape[1]
+    gather_BS = gather_BS.where(there_BS, 0)
+    gathered_BS = dense.logprobs(dense.shifted_BV.gather(1, gather_BS))
     values_BK, ids_BK = _topk(dense.shifted_BV[:, :num_ids], k)
     topk_BK = dense.logprobs(values_BK)
     kept_BK = _within_mass(topk_BK, mass)
@@ -303,8 +307,8 @@ def _statistics(
         topk_BK,
         kept_BK.sum(1),
         dense.tail(ids_BK, kept_BK),
-        dense.logprobs(dense.shifted_BV.gather(1, gather_BS)),
-        dense.tail(gather_BS, torch.ones_like(gather_BS, dtype=torch.bool)),
+        gathered_BS.masked_fill(~there_BS, -torch.inf),
+        dense.tail(gather_BS, there_BS),
         drawn_BN,
     )
 
@@ -347,6 +351,10 @@ def split_head(model: nn.Module, where: Path) -> tuple[nn.Module, nn.Linear]:
     head = model.get_output_embeddings()  # type: ignore[operator]
     if not isinstance(head, nn.Linear) or head.bias is not None:
         raise ModelError("the LM head is not a plain linear map", where=where)
+    if head.weight.is_meta or getattr(model, "hf_device_map", {}).get("lm_head") == "disk":
+        raise ModelError(
+            "the LM head is offloaded", where=where, remedy="keep lm_head on a device in device_map"
+        )
     probe = torch.arange(16, device=head.weight.device)[None] % head.weight.shape[0]
     with torch.no_grad():
         ours = head(body(input_ids=probe).last_hidden_state).float()

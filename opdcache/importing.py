@@ -47,6 +47,7 @@ COLUMNS = (
 )
 """What a file may have; the first two it must."""
 _LOGPROB_SLACK = 1e-3
+_LEAST_LOGPROB = float(np.finfo(np.float32).min)
 """Engines round: a log-prob may be so much above 0."""
 
 
@@ -421,8 +422,8 @@ def _logprobs(
     for t, value in enumerate(given):
         if value is None and not supervised[t]:
             continue
-        number = type(value) in (int, float) and math.isfinite(value)
-        if not number or value > _LOGPROB_SLACK:
+        number = type(value) in (int, float)
+        if not number or not _LEAST_LOGPROB <= value <= _LOGPROB_SLACK:
             raise PromptError(
                 f"{name}: not the log-prob of a token that was sampled",
                 where=f"{place} token {t}",

@@ -17,8 +17,8 @@ def load_model(
     """A causal LM in the given dtype, on the device, in evaluation mode.
 
     Args:
-        arguments: more of ``from_pretrained``; with a ``device_map`` or ``tp_plan`` among them the
-            model stays where these put it.
+        arguments: more of ``from_pretrained``; with a ``device_map`` among them the model stays
+            where that puts it.
 
     Raises:
         ModelError: transformers cannot load it.
@@ -35,8 +35,7 @@ def load_model(
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(f"cannot be loaded: {reason}", where=folder) from error
-    placed = (arguments or {}).keys() & {"device_map", "tp_plan"}
-    return (model if placed else model.to(device)).eval()
+    return (model if "device_map" in (arguments or {}) else model.to(device)).eval()
 
 
 def default_device() -> torch.device:

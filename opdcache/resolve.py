@@ -45,7 +45,8 @@ def resolve(config: RunConfig, hashes: FileHashes, began: Resolved | None) -> Re
     known = began is not None and began.tokenizers == tokenizers
     vocabulary = began.vocabulary if began and known else _shared_vocabulary(student, homes)
     prints = {name: teacher_fingerprint(teacher, hashes) for name, teacher in scoring.items()}
-    sizes = [_vocab_size(teacher, homes[name]) for name, teacher in scoring.items()]
+    ours = model_vocab_size(model_config(student))
+    sizes = {name: _vocab_size(teacher, homes[name]) for name, teacher in scoring.items()}
     return Resolved(
         run_id=began.run_id if began else secrets.token_hex(8),
         opdcache=version("opdcache"),
@@ -56,7 +57,8 @@ def resolve(config: RunConfig, hashes: FileHashes, began: Resolved | None) -> Re
         references={n: prints[f"references.{n}"] for n in config.references if _fixed(config, n)},
         vocabulary=vocabulary,
         tokenizers=tokenizers,
-        vocab_size=min(model_vocab_size(model_config(student)), *sizes),
+        vocab_size=ours,
+        shared_ids={name: min(ours, size) for name, size in sizes.items()},
     )
 
 

@@ -108,7 +108,7 @@ class ScoreIdentity(Model):
         {}, description="arguments of the model or its engine that change the distributions"
     )
     columns: tuple[ScoreColumn, ...] = Field(description="stored columns, sorted")
-    k: int = Field(description="most kept entries a token; 0 without top-k")
+    k: int = Field(description="most kept entries a token; whether or not top-k is stored")
     mass: float = Field(description="entries are kept until they hold this mass; 1 keeps k always")
     num_ids: int = Field(description="entries are kept among the ids below this: the shared ones")
     step: float = Field(description="quantisation step of the log-probs")

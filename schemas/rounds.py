@@ -26,11 +26,20 @@ class Resolved(Model):
     )
     vocabulary: str = Field(description="fingerprint of the shared token ids")
     tokenizers: str = Field(description="digest of all models' tokenizer files")
-    vocab_size: int = Field(description="ids that all models can produce")
+    vocab_size: int = Field(description="ids that the student can produce")
+    shared_ids: dict[str, int] = Field(
+        {},
+        description="of each scoring model, by its place in the run file: the ids below this are "
+        "those that it and the student can produce",
+    )
 
     def teacher_of(self, task: str) -> str:
         """Fingerprint of the teacher that scores a task."""
         return self.teachers.get(task, self.teacher)
+
+    def shared_ids_of(self, task: str) -> int:
+        """The student's ids that the teacher of a task can produce are those below this."""
+        return self.shared_ids[f"teachers.{task}" if task in self.teachers else "teacher"]
 
 
 class StagePlan(Model):

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from typing import Annotated, Literal, Self, get_args
+from urllib.parse import urlsplit
 
 from pydantic import Field, JsonValue, model_validator
 
@@ -23,8 +24,19 @@ class TransformersBackend(Model):
 
     type: Literal["transformers"] = Field("transformers", description="kind of backend")
     arguments: dict[str, JsonValue] = Field(
-        {}, description="more arguments of from_pretrained: device_map, tp_plan, …"
+        {}, description="more arguments of from_pretrained: device_map, max_memory, …"
     )
+
+    @model_validator(mode="after")
+    def _a_worker_is_one_process(self) -> Self:
+        ranked = sorted({"tp_plan", "tp_size", "distributed_config"} & self.arguments.keys())
+        if ranked:
+            raise ValueError(
+                f"backend.arguments: {ranked[0]!r} needs several processes, and a worker is one; "
+                "split the model with device_map, or take backend vllm with "
+                "engine.tensor_parallel_size"
+            )
+        return self
 
 
 class VllmBackend(Model):
@@ -112,6 +124,13 @@ class TeacherConfig(ModelRef):
             return self
         if not self.backend.url.startswith(("http://", "https://")):
             raise ValueError("teacher.backend.url: it begins with http:// or https://")
+        try:
+            parts = urlsplit(self.backend.url)
+            sound = bool(parts.hostname) and parts.port != 0
+        except ValueError:  # urlsplit's own texts do not say where
+            sound = False
+        if not sound:
+            raise ValueError("teacher.backend.url: it has no host, or a port that cannot be one")
         if "@" in self.backend.url:
             raise ValueError(
                 "teacher.backend.url: no credentials in it; name the variable that holds the key "

@@ -168,6 +168,8 @@ FAULTS: dict[str, tuple[dict[str, Any], str]] = {
     "log-prob above 0": ({"behavior_logprobs": [-1, -1, 0.5]}, "token 2: behavior_logprobs"),
     "log-prob NaN": ({"behavior_logprobs": [math.nan, -1, -1]}, "token 0: behavior_logprobs"),
     "log-prob infinite": ({"sampling_logprobs": [-1, -math.inf, -1]}, "token 1: sampling_logprobs"),
+    "log-prob too low": ({"sampling_logprobs": [-1, -1e300, -1]}, "token 1: sampling_logprobs"),
+    "log-prob of digits": ({"sampling_logprobs": [-(10**400), -1, -1]}, "token 0: sampling_log"),
     "log-prob of nobody": ({"sampling_logprobs": [None, -1, -1]}, "token 0: .* got null"),
     "log-prob as text": ({"sampling_logprobs": ["-1", -1, -1]}, "token 0: sampling_logprobs"),
     "column misspelt": ({"loss_masks": [1, 1, 1]}, "'loss_masks'; did you mean 'loss_mask'"),

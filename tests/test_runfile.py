@@ -390,6 +390,26 @@ def test_every_combination_of_the_registry_is_accepted(
     assert load(tmp_path, {"train.loss": loss}).train.loss.support == form[0]
 
 
+@pytest.mark.parametrize("name", ["tp_plan", "tp_size", "distributed_config"])
+def test_an_argument_that_wants_several_processes_is_refused(tmp_path: Path, name: str) -> None:
+    backend = {"type": "transformers", "arguments": {name: "auto", "device_map": "auto"}}
+
+    said = fault(run_file(tmp_path, {"teacher.backend": backend}))
+
+    assert f"{name!r} needs several processes, and a worker is one; split the model with" in said
+
+
+@pytest.mark.parametrize(
+    "url", ["http://teacher:80o0", "http://", "http://teacher:99999", "http:x"]
+)
+def test_a_url_that_cannot_be_one_is_refused(tmp_path: Path, url: str) -> None:
+    backend = {"type": "http", "url": url, "tokenizer": "t", "budget_tokens": 1}
+
+    said = fault(run_file(tmp_path, {"teacher.backend": backend, "teacher.revision": "1"}))
+
+    assert "teacher.backend.url: it " in said
+
+
 def test_a_student_topk_loss_without_recorded_top_k_is_refused(tmp_path: Path) -> None:
     said = fault(
         run_file(tmp_path, {"train.loss.support": "student_topk", "rollout.student_topk": 0})

@@ -2,13 +2,19 @@
 
 import math
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from opdcache.cli.tables import noise_lines
-from opdcache.score.check import noise
+from opdcache.rollout.stage import run as rollout
+from opdcache.score.check import check, noise
+from opdcache.score.stage import run as score
 from opdcache.store.scores import Scores, TopK
+
+from .test_taken import imported, opened
 
 
 def scores(**changes: object) -> Scores:
@@ -59,3 +65,23 @@ def test_a_column_that_is_not_stored_is_not_spoken_of() -> None:
     assert math.isnan(found.entropy_mean)
     assert not any("entropy" in line for line in noise_lines(found))
     assert any("noise floor" in line for line in noise_lines(found))
+
+
+def test_a_wider_stored_set_is_held_against_what_the_run_uses_of_it(
+    tmp_path: Path, tiny_student: Path, tiny_teacher: Path, one_thread: None
+) -> None:
+    imported(tmp_path, tiny_student)
+    config: dict[str, Any] = {
+        "cache": str(tmp_path / "cache"),
+        "student": {"model": str(tiny_student)},
+        "teacher": {"model": str(tiny_teacher), "dtype": "float32"},
+        "prompts": {"source": {"type": "jsonl", "path": str(tmp_path / "none.jsonl")}},
+        "rollouts": {"from": str(tmp_path / "elsewhere")},
+        "train": {"loss": {"k": 2}},
+    }
+    for name, k in (("wide", 8), ("narrow", 2)):
+        context = opened(config | {"output": str(tmp_path / name), "score": {"k": k}})
+        rollout(context, 0)
+        (shard,) = score(context, 0).shards
+    assert shard.cached
+    assert check(context, 0, 10).same_topk == 1

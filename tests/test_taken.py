@@ -274,3 +274,22 @@ def test_without_sampling_log_probs_there_is_no_effective_sample_size_and_no_oth
     without = averaged(bare, "bare")
     assert 0 < whole.pop("ess") <= 1
     assert without == whole
+
+
+def test_a_reference_that_is_the_policy_that_sampled_is_refused_where_another_one_did(
+    base: dict[str, Any], tmp_path: Path, tiny_student: Path, tiny_teacher: Path, one_thread: None
+) -> None:
+    imported(tmp_path, tiny_student)
+    policy = {"references": {"policy": {"model": "@student", "dtype": "float32"}}}
+    same = opened(base | policy)
+    rollout(same, 0)
+    (shard,) = score(same, 0).references["policy"]
+    assert shard.teacher == same.resolved.student
+
+    other = {"student": {"model": str(tiny_teacher)}, "output": str(tmp_path / "other")}
+    context = opened(base | policy | other)
+    rollout(context, 0)
+    with pytest.raises(
+        ConfigError, match=r"references\.policy: @student is the policy that sampled"
+    ):
+        score(context, 0)

@@ -19,7 +19,13 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from opdcache import heads
-from opdcache.errors import ConfigError, EngineError, InvalidShard, TokenizerMismatch
+from opdcache.errors import (
+    ConfigError,
+    EngineError,
+    InvalidShard,
+    ModelError,
+    TokenizerMismatch,
+)
 from opdcache.importing import import_rollouts
 from opdcache.rollout.stage import run as rollout
 from opdcache.runfolder import RunContext, open_run
@@ -38,7 +44,7 @@ from opdcache.score.vllm_scorer import VllmScorer, as_scores
 from opdcache.stage import Silent, Worker
 from opdcache.store import codec, rollouts
 from opdcache.store.cache import Cache, as_listed
-from opdcache.store.encoding import ScoreBuilder
+from opdcache.store.encoding import ScoreBuilder, encode_scores
 from opdcache.store.scores import GROUP, Scores, TopK
 from opdcache.train.losses import OnSupport, tail_reverse_kl, token_losses
 from opdcache.vllm_engine import Logprobs
@@ -424,6 +430,27 @@ def test_trap_4_what_is_no_logprob_is_not_stored(value: float) -> None:
         codec.encode_logprobs(np.asarray([-1.0, value], np.float32), shards.STEP)
 
 
+@pytest.mark.parametrize("column", ["sampled_logprobs", "entropy"])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_trap_4_what_no_distribution_has_is_not_stored(column: str, value: float) -> None:
+    scores = shards.some_scores(frozenset({"sampled", "entropy"}))
+    wrong = getattr(scores, column).copy()
+    wrong[1] = value
+    wrong_scores = dataclasses.replace(scores, **{column: wrong})
+    with pytest.raises(InvalidShard, match=f"^{column}: no log-prob or entropy that"):
+        encode_scores(wrong_scores, step=shards.STEP, attributes={})
+    assert encode_scores(scores, step=shards.STEP, attributes={})
+
+
+@pytest.mark.parametrize("part", ["topk", "student_topk"])
+def test_trap_4_a_tail_that_is_nan_is_not_stored(part: Any) -> None:
+    scores = shards.some_scores(frozenset({part}))
+    tail = np.full_like(getattr(scores, part).tail_logprobs, np.nan)
+    wrong = dataclasses.replace(getattr(scores, part), tail_logprobs=tail)
+    with pytest.raises(InvalidShard, match="tail_logprobs: no log-prob"):
+        encode_scores(dataclasses.replace(scores, **{part: wrong}), step=shards.STEP, attributes={})
+
+
 def test_trap_4_a_column_that_a_backend_cannot_give_is_absent() -> None:
     parts = [Logprobs.of(FLAT, [7, EOS_ID, 8], start=2)]
     scores = as_scores(np.asarray([3, 0]), parts, Ask(ENGINE, 2, 1.0, TINY_VOCAB))
@@ -538,6 +565,68 @@ def test_trap_6_models_whose_padding_differs_are_scored_on_the_ids_that_both_hav
         padding = np.exp(exact[t, TINY_VOCAB:]).sum()
         assert np.exp(topk.tail_logprobs[t]) == pytest.approx(padding, rel=0.02, abs=1e-12)
     assert (np.exp(topk.tail_logprobs).min() > 1e-6) == (padded == "teacher")
+
+
+def test_trap_6_a_recorded_id_that_the_teacher_has_not_holds_no_mass(
+    tiny_teacher: Path,
+) -> None:
+    recorded = np.asarray([[5, PADDED - 1, 9], [TINY_VOCAB, 3, PADDED - 1]], np.int32)
+    sequences = Sequences([ids(1, 2)], [ids(3, 4)], recorded)
+    ask = Ask(frozenset({"student_topk"}), 4, 1.0, TINY_VOCAB)
+    teacher = TransformersScorer(tiny_teacher, dtype="float32", batch_tokens=64)
+    given = in_order(teacher.score(sequences, ask)).student_topk
+    assert given is not None
+    exact = dense(tiny_teacher, sequences).numpy()
+    for t, row in enumerate(recorded):
+        there = row[row < TINY_VOCAB]
+        logprobs = given.logprobs[t]
+        assert np.isneginf(logprobs[row >= TINY_VOCAB]).all()
+        assert logprobs[row < TINY_VOCAB] == pytest.approx(exact[t, there], abs=1e-4)
+        rest = 1 - np.exp(exact[t, there]).sum()
+        assert np.exp(given.tail_logprobs[t]) == pytest.approx(rest, abs=1e-5)
+
+
+@pytest.mark.parametrize("head", ["cpu", "disk"])
+def test_a_teacher_is_placed_by_a_device_map_but_for_a_head_that_is_not_in_memory(
+    tmp_path: Path, tiny_teacher: Path, head: str
+) -> None:
+    places = {"model": "cpu", "lm_head": head}
+    asked = {"device_map": places, "offload_folder": str(tmp_path / "offloaded")}
+
+    def loaded() -> TransformersScorer:
+        return TransformersScorer(tiny_teacher, dtype="float32", batch_tokens=64, arguments=asked)
+
+    if head == "disk":
+        with pytest.raises(ModelError, match="the LM head is offloaded; keep lm_head on a device"):
+            loaded()
+        return
+    whole = TransformersScorer(tiny_teacher, dtype="float32", batch_tokens=64)
+    ask = Ask(ENGINE, K, 1.0, TINY_VOCAB)
+    given, exact = (sampled_of(in_order(t.score(ODD_SEQUENCES, ask))) for t in (loaded(), whole))
+    assert given.tolist() == exact.tolist()
+
+
+def test_trap_6_another_model_does_not_change_which_ids_a_teacher_shares(
+    tmp_path: Path, tiny_student: Path, tiny_teacher: Path, tiny_tokenizer_folder: Path
+) -> None:
+    student, teacher = (
+        padded_model(tmp_path / name, tiny_tokenizer_folder, seed)
+        for name, seed in (("student", 5), ("teacher", 6))
+    )
+    alone = opened(tmp_path, student, teacher)
+    beside = opened(
+        tmp_path,
+        student,
+        teacher,
+        "beside",
+        references={"base": {"model": str(tiny_teacher)}, "policy": {"model": "@student"}},
+    )
+    rollouts = alone.folder.need(RolloutRound, 0).shards
+    ours, theirs = (plan_shards(context, rollouts, 0) for context in (alone, beside))
+    assert [task.key for task in ours.teachers] == [task.key for task in theirs.teachers]
+    assert {task.identity.num_ids for task in theirs.teachers} == {PADDED}
+    shared = {name: of[0].identity.num_ids for name, of in theirs.references.items()}
+    assert shared == {"base": TINY_VOCAB, "policy": PADDED}
 
 
 def test_trap_6_an_engines_entries_beyond_the_shared_ids_are_tail() -> None:

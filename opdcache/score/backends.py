@@ -11,9 +11,7 @@ from .teacher import Teacher
 from .transformers_scorer import TransformersScorer
 from .vllm_scorer import VllmScorer
 
-_PLACEMENT = frozenset(
-    {"attn_implementation", "device_map", "max_memory", "offload_folder", "tp_plan"}
-)
+_PLACEMENT = frozenset({"attn_implementation", "device_map", "max_memory", "offload_folder"})
 """Arguments of transformers that cannot change distributions beyond rounding."""
 
 

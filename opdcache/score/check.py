@@ -5,7 +5,7 @@ is smaller than this says nothing.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -68,16 +68,20 @@ def check(context: RunContext, round_index: int, num_samples: int) -> Noise:
                 here = chosen[(chosen >= starts[number]) & (chosen < starts[number + 1])]
                 if len(here):
                     rows = np.sort(here - starts[number]).tolist()
-                    stored = _stored(context, scored[number], rows)
+                    stored = _stored(context, scored[number], tasks[number], rows)
                     pairs.append((stored, _again(context, teachers, tasks[number], rows)))
     finally:
         teachers.close()
     return noise(pairs)
 
 
-def _stored(context: RunContext, shard: ScoredShard, rows: list[int]) -> Scores:
+def _stored(context: RunContext, shard: ScoredShard, task: ScoreTask, rows: list[int]) -> Scores:
+    """What the run uses of the stored sets, which may hold more."""
     opened = context.cache.open_score_set(shard.content, shard.teacher, shard.served)
-    return joined([opened.read(slice(row, row + 1)) for row in rows])
+    stored = joined([opened.read(slice(row, row + 1)) for row in rows])
+    if stored.topk is None:
+        return stored
+    return replace(stored, topk=stored.topk.cut(task.identity.k, task.identity.mass))
 
 
 def _again(context: RunContext, teachers: Teachers, task: ScoreTask, rows: list[int]) -> Scores:

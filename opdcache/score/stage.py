@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import JsonValue
 
-from ..errors import InputsMissing
+from ..errors import ConfigError, InputsMissing
 from ..identity import digest, key_of, model_fingerprint
 from ..runfolder import RunContext
 from ..schemas.columns import ScoreColumn
@@ -34,10 +34,12 @@ from .teacher import Ask, Sequences, Teacher
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """A scoring model of a round, and how it reads prompts."""
+    """A scoring model of a round, the ids that it shares with the student (those below
+    ``num_ids``), and how it reads prompts."""
 
     config: TeacherConfig
     fingerprint: str
+    num_ids: int
     rendering: Rendering
 
     @property
@@ -105,7 +107,9 @@ def run(context: RunContext, round_index: int) -> ScoreRound:
 def _run(context: RunContext, round_index: int, *, anew: bool) -> ScoreRound:
     started = time.monotonic()
     need_compression(context.config.score.compression)
-    plan = plan_shards(context, context.folder.need(RolloutRound, round_index).shards, round_index)
+    sampled = context.folder.need(RolloutRound, round_index)
+    _refuse_another_policy(context, sampled)
+    plan = plan_shards(context, sampled.shards, round_index)
     tasks = plan.tasks
     found = {key: context.cache.serve(t.rollout.content, t.need) for key, t in tasks.items()}
     serving = [manifest.key for sets in found.values() for manifest, _ in sets or ()]
@@ -155,6 +159,20 @@ def _run(context: RunContext, round_index: int, *, anew: bool) -> ScoreRound:
     return context.folder.need(ScoreRound, round_index)
 
 
+def _refuse_another_policy(context: RunContext, sampled: RolloutRound) -> None:
+    """Raise where the policy that sampled is a reference, and it is not this run's student."""
+    named = [n for n, model in context.config.references.items() if model.model == STUDENT]
+    if named and (policy := context.policy(sampled.round)) != sampled.student:
+        raise ConfigError(
+            f"references.{named[0]}: {STUDENT} is the policy that sampled, and these rollouts are "
+            "of another one than this run's student",
+            where=f"round {sampled.round}",
+            expected=f"policy {policy[:12]}",
+            got=sampled.student[:12],
+            remedy=f"name the folder of that policy in the place of {STUDENT}",
+        )
+
+
 def plan_shards(
     context: RunContext, rollouts: Sequence[RolloutShard], round_index: int
 ) -> ScorePlan:
@@ -176,7 +194,9 @@ def plan_shards(
         )
 
     by_task = {
-        task: _model(config.teacher_of(task), resolved.teacher_of(task))
+        task: _model(
+            config.teacher_of(task), resolved.teacher_of(task), resolved.shared_ids_of(task)
+        )
         for task in {shard.task for shard in rollouts}
     }
     references = {name: _reference(context, name, round_index) for name in config.references}
@@ -195,14 +215,16 @@ def _records_topk(context: RunContext, rollouts: Sequence[RolloutShard]) -> bool
 def _reference(context: RunContext, name: str, round_index: int) -> Model:
     config = context.config.references[name]
     if config.model != STUDENT:
-        return _model(config, context.resolved.references[name])
+        resolved = context.resolved
+        return _model(config, resolved.references[name], resolved.shared_ids[f"references.{name}"])
     student = context.student(round_index)
     fingerprint = model_fingerprint(student, context.folder.hashes)
-    return _model(config.model_copy(update={"model": str(student)}), fingerprint)
+    named = config.model_copy(update={"model": str(student)})
+    return _model(named, fingerprint, context.resolved.vocab_size)
 
 
-def _model(config: TeacherConfig, fingerprint: str) -> Model:
-    return Model(config, fingerprint, Rendering(config))
+def _model(config: TeacherConfig, fingerprint: str, num_ids: int) -> Model:
+    return Model(config, fingerprint, num_ids, Rendering(config))
 
 
 def _task(
@@ -217,7 +239,7 @@ def _task(
         columns=columns,
         k=score.k,
         mass=score.mass,
-        num_ids=context.resolved.vocab_size,
+        num_ids=model.num_ids,
         step=score.step,
         draws=score.draws,
     )
@@ -305,7 +327,7 @@ class _Scorer:
             ),
             identity=identity,
             rollout_key=task.rollout.key,
-            vocab_size=context.resolved.vocab_size,
+            vocab_size=identity.num_ids,
             clip_floor=codec.clip_floor(identity.step),
         )
 

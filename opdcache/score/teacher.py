@@ -25,7 +25,8 @@ class Sequences:
     Attributes:
         prompts: int32 token ids of each prompt, as the teacher reads it; never empty.
         completions: int32 token ids of each completion; may be empty.
-        recorded_TS: int32 [T, S], more ids to look up at each token; S may be 0.
+        recorded_TS: int32 [T, S], more ids to look up at each token; S may be 0. One that is not in
+            the model's vocabulary, as a student with a larger padded one may record, has no mass.
     """
 
     prompts: Sequence[NDArray[np.int32]]
@@ -62,12 +63,12 @@ class Sequences:
         return np.concatenate([self.prompts[row], self.completions[row]])
 
     def need_ids_below(self, vocab_size: int) -> None:
-        """Check every id.
+        """Check every id that the model reads.
 
         Raises:
             InvalidShard: one is not in the model's vocabulary.
         """
-        read: list[NDArray[Any]] = [*self.prompts, *self.completions, self.recorded_TS]
+        read: list[NDArray[Any]] = [*self.prompts, *self.completions]
         largest = max(int(ids.max(initial=0)) for ids in read)
         if largest >= vocab_size:
             raise InvalidShard(

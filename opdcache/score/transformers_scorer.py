@@ -23,7 +23,7 @@ class TransformersScorer:
         folder: the model, in Hugging Face format.
         dtype: dtype that its body computes in; the head is computed in float32.
         batch_tokens: padded tokens of one forward at most (one sequence at least).
-        arguments: more of ``from_pretrained``, such as ``device_map`` or ``tp_plan``.
+        arguments: more of ``from_pretrained``, such as ``device_map``.
 
     Raises:
         ModelError: the model cannot be loaded, or its head is not a plain linear map.

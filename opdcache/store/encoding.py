@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from zarr.abc.buffer import Buffer
 
 CHUNK_TOKENS = 32768
+_LEAST_HALF = float(np.finfo(np.float16).min)
 
 
 class ScoreBuilder:
@@ -130,21 +131,42 @@ def _narrow(scores: Scores, step: float) -> dict[str, NDArray[Any]]:
     """Arrays [T] or [T, K] in the types that are stored, but ids as they are."""
     arrays: dict[str, NDArray[Any]] = {}
     if scores.sampled_logprobs is not None:
-        arrays["sampled_logprobs"] = scores.sampled_logprobs.astype(np.float16)
+        arrays["sampled_logprobs"] = _half(
+            "sampled_logprobs", scores.sampled_logprobs, _LEAST_HALF, 1e-3
+        )
     if scores.entropy is not None:
-        arrays["entropy"] = scores.entropy.astype(np.float16)
+        arrays["entropy"] = _half("entropy", scores.entropy, -1e-3, -_LEAST_HALF)
     if (topk := scores.topk) is not None:
         arrays["num_kept"] = topk.num_kept
-        arrays["tail_logprobs"] = topk.tail_logprobs.astype(np.float16)
+        arrays["tail_logprobs"] = _half("tail_logprobs", topk.tail_logprobs, -np.inf, 1e-3)
         arrays["topk_ids"] = topk.ids.astype(np.int32)
         arrays["topk_steps"] = codec.encode_descending(topk.logprobs, topk.num_kept, step)
     if (student := scores.student_topk) is not None:
         arrays["student_topk_steps"] = codec.encode_logprobs(student.logprobs, step)
-        arrays["student_tail_logprobs"] = student.tail_logprobs.astype(np.float16)
+        arrays["student_tail_logprobs"] = _half(
+            "student_tail_logprobs", student.tail_logprobs, -np.inf, 1e-3
+        )
     if (draws := scores.draws) is not None:
         arrays["draw_ids"] = draws.ids.astype(np.int32)
         arrays["draw_counts"] = draws.counts
     return arrays
+
+
+def _half(name: str, values: codec.Floats, least: float, most: float) -> NDArray[np.float16]:
+    """Values as float16.
+
+    Raises:
+        InvalidShard: one is NaN, or not within the bounds.
+    """
+    wrong = np.flatnonzero(~((values >= least) & (values <= most)))
+    if len(wrong):
+        raise InvalidShard(
+            f"{name}: no log-prob or entropy that a distribution has",
+            expected=f"{least:g} to {most:g}",
+            got=float(values[wrong[0]]),
+            remedy="report the scoring backend; a float16 teacher that overflows needs bfloat16",
+        )
+    return values.astype(np.float16)
 
 
 def _put(held: NDArray[Any], places: Sequence[slice], values: NDArray[Any]) -> None:

@@ -446,6 +446,10 @@ def _score_faults(
             scores.token_offsets, offsets
         ),
         "a column of the identity is not stored": scores.columns != set(manifest.identity.columns),
+        "a log-prob or an entropy is not finite": any(
+            values is not None and not np.isfinite(values).all()
+            for values in (scores.sampled_logprobs, scores.entropy)
+        ),
     }
     topk = scores.topk
     if topk is not None:
