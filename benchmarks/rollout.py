@@ -4,7 +4,8 @@
     python benchmarks/rollout.py --demo demo
 
 With ``--demo`` the model is the student of a finished demo, and the requests are those of its first
-round. All use one engine, started before any clock, and the same requests in the same batches:
+round. All use one engine and one tokenizer, loaded before any clock, and the same requests in the
+same batches:
 ``bare`` asks for what the stage records (log-probs of the sampled token and of the top-k);
 ``bare_sampled`` for the sampled token's alone; ``bare_tokens`` for no log-probs. ``stage`` is this
 project's, from reading the prompts to committing the shards. They take turns; medians are told.
