@@ -87,7 +87,8 @@ class Forwards:
             ids_RL = _padded([sequences.whole(row)[shared_N[row] :] for row in rows])
             seen_RM = np.hstack([seen_BS[of], np.ones(ids_RL.shape, np.bool_)])
             positions_RL = shared_N[rows, None] + np.arange(ids_RL.shape[1])
-            theirs = copy.deepcopy(known)
+            theirs = copy.copy(known)  # its layers replace their tensors, and never write to them
+            theirs.layers = [copy.copy(layer) for layer in known.layers]
             theirs.batch_select_indices(torch.tensor(of))
             states_RLD = self._states(
                 ids_RL, seen_RM, positions_RL, past_key_values=theirs
