@@ -3,10 +3,12 @@
 Torch-free, so that a run file is checked before anything starts. The formulas are carried out by
 ``opdcache.train.losses``; their source is arXiv 2604.13016 unless a cell says otherwise.
 
-Symbols: p student, q teacher, S the support, P and Q their mass on S, p' and q' renormalised on S.
+Symbols: p student, q teacher, S the support, P and Q their mass on S, p' and q' renormalised on S,
+sg[] what no gradient goes through.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from pydantic import Field
@@ -14,9 +16,18 @@ from pydantic import Field
 from .base import Model
 from .columns import ScoreColumn
 
-Support = Literal["sampled", "teacher_topk", "student_topk", "overlap"]
-Direction = Literal["reverse", "forward"]
-Normalisation = Literal["none", "tail", "renormalised", "reference"]
+Support = Literal[
+    "sampled",
+    "teacher_topk",
+    "student_topk",
+    "overlap",
+    "union",
+    "symmetric_difference",
+    "draws",
+]
+Direction = Literal["reverse", "forward", "jsd"]
+Normalisation = Literal["none", "tail", "renormalised", "truncated", "reference"]
+Weighting = Literal["student", "teacher", "uniform"]
 
 
 class LossConfig(Model):
@@ -24,20 +35,59 @@ class LossConfig(Model):
 
     support: Support = Field(
         "teacher_topk",
-        description="ids that the loss looks at: the sampled token, the teacher's stored top-k, "
-        "the top-k that the student recorded at rollout, or the overlap of the teacher's top-k "
-        "with the live student's",
+        description="ids that the loss looks at: the sampled token; the teacher's stored top-k; "
+        "the top-k that the student recorded at rollout; the overlap of the teacher's top-k with "
+        "the live student's; the union of the teacher's and the recorded top-k, or the ids in one "
+        "of them alone; or the teacher's draws",
     )
     direction: Direction = Field(
-        "reverse", description="reverse: KL(student || teacher); forward: KL(teacher || student)"
+        "reverse",
+        description="reverse: KL(student || teacher); forward: KL(teacher || student); jsd: the "
+        "generalised Jensen-Shannon divergence",
     )
     normalisation: Normalisation = Field(
         "tail",
         description="tail: one bucket holds the rest of the vocabulary; renormalised: both sides "
-        "are renormalised on the support; reference: policy gradient with full-vocabulary "
-        "log-probs, weighted by the student renormalised on the support; none: the sampled token",
+        "are renormalised on the support; truncated: the sum over the support alone, for "
+        "comparison: it can be lowered by draining the support; reference: policy gradient with "
+        "full-vocabulary log-probs, weighted on the support; none: the sampled token, or draws",
     )
-    k: int = Field(16, ge=1, description="entries a token; not used by the sampled support")
+    k: int = Field(
+        16, ge=1, description="entries a token of either top-k; not used by sampled and draws"
+    )
+    beta: float = Field(
+        0.5,
+        ge=0,
+        le=1,
+        description="of jsd: the teacher's share of the mixture; at 0 it is forward KL, at 1 "
+        "reverse KL",
+    )
+    weighting: Weighting = Field(
+        "student",
+        description="of the reference form: the student or the teacher renormalised on the "
+        "support, or every id alike",
+    )
+    stop_gradient: bool = Field(
+        False,
+        description="of truncated reverse KL: no gradient through the weights, so that the mass "
+        "of the support is not trained",
+    )
+    forward_above: float | None = Field(
+        None,
+        ge=0,
+        description="of reverse KL: the forward KL is added at tokens whose teacher entropy, in "
+        "nats, is above this",
+    )
+    clamp: float | None = Field(
+        None,
+        gt=0,
+        description="of policy gradients: log q - log p is clamped to plus or minus this, in nats",
+    )
+    importance_cap: float | None = Field(
+        None,
+        gt=0,
+        description="of the sampled support: every token counts min(p live / p sampling, this)",
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,51 +107,97 @@ class LossCell:
     source: str
 
 
-_FORMS: dict[tuple[Direction, Normalisation], tuple[str, str]] = {
-    ("reverse", "renormalised"): ("sum_S p' log(p'/q')", "Eq. 5"),
-    ("reverse", "tail"): (
-        "sum_S p log(p/q) + (1-P) log((1-P)/(1-Q))",
-        "KL after merging the rest of the vocabulary into one bucket",
-    ),
-    ("forward", "tail"): (
-        "sum_S q log(q/p) + (1-Q) log((1-Q)/(1-P))",
-        "KL after merging the rest of the vocabulary into one bucket",
-    ),
-    ("reverse", "reference"): (
-        "-sum_S sg[p' (log q - log p)] log p",
-        "the paper's public code; it also trains the mass of the support",
-    ),
-}
-
 _COLUMNS: dict[Support, tuple[frozenset[ScoreColumn], bool]] = {
+    "sampled": (frozenset({"sampled"}), False),
     "teacher_topk": (frozenset({"topk"}), False),
     "student_topk": (frozenset({"student_topk"}), True),
     "overlap": (frozenset({"topk"}), False),
+    "union": (frozenset({"topk", "student_topk"}), True),
+    "symmetric_difference": (frozenset({"topk", "student_topk"}), True),
+    "draws": (frozenset({"draws"}), False),
+}
+
+_TOPK: tuple[Support, ...] = ("teacher_topk", "student_topk", "overlap", "union")
+_BUCKET = "divergence after merging the rest of the vocabulary into one bucket"
+_COMPARISON = "the sum over the support alone, for comparison"
+_GKD = "generalised JSD of arXiv 2306.13649, m = beta q + (1 - beta) p"
+
+_FORMS: dict[tuple[Direction, Normalisation], tuple[tuple[Support, ...], str, str]] = {
+    ("reverse", "tail"): (_TOPK, "sum_S p log(p/q) + (1-P) log((1-P)/(1-Q))", _BUCKET),
+    ("forward", "tail"): (_TOPK, "sum_S q log(q/p) + (1-Q) log((1-Q)/(1-P))", _BUCKET),
+    ("jsd", "tail"): (_TOPK, "beta KL(q || m) + (1-beta) KL(p || m) on S and the rest", _GKD),
+    ("reverse", "renormalised"): (_TOPK, "sum_S p' log(p'/q')", "Eq. 5"),
+    ("forward", "renormalised"): (_TOPK, "sum_S q' log(q'/p')", "Eq. 5, the other way round"),
+    ("jsd", "renormalised"): (_TOPK, "beta KL(q' || m') + (1-beta) KL(p' || m')", _GKD),
+    ("reverse", "truncated"): (_TOPK, "sum_S p log(p/q)", _COMPARISON),
+    ("forward", "truncated"): (_TOPK, "sum_S q log(q/p)", _COMPARISON),
+    ("reverse", "reference"): (
+        (*_TOPK, "symmetric_difference"),
+        "-sum_S sg[w (log q - log p)] log p, w = p', q' or 1/|S|",
+        "the paper's public code; it also trains the mass of the support",
+    ),
+    ("reverse", "none"): (("sampled",), "-sg[log q(y) - log p(y)] log p(y)", "policy gradient, k1"),
+    ("forward", "none"): (
+        ("draws",),
+        "-sum_v n_v/N log p(v), n_v of N draws",
+        "random sampling KD, arXiv 2503.16870: unbiased, as is its gradient",
+    ),
 }
 
 CELLS: dict[tuple[Support, Direction, Normalisation], LossCell] = {
-    (support, direction, normalisation): LossCell(columns, recorded, formula, source)
-    for support, (columns, recorded) in _COLUMNS.items()
-    for (direction, normalisation), (formula, source) in _FORMS.items()
+    (support, direction, normalisation): LossCell(*_COLUMNS[support], formula, source)
+    for (direction, normalisation), (supports, formula, source) in _FORMS.items()
+    for support in supports
 }
-CELLS["sampled", "reverse", "none"] = LossCell(
-    frozenset({"sampled"}), False, "-sg[log q(y) - log p(y)] log p(y)", "policy gradient, k1"
-)
+
+_OPTIONS: dict[str, tuple[Callable[[LossConfig], bool], str]] = {
+    "beta": (lambda loss: loss.direction == "jsd", "direction 'jsd'"),
+    "weighting": (lambda loss: loss.normalisation == "reference", "normalisation 'reference'"),
+    "stop_gradient": (
+        lambda loss: (loss.direction, loss.normalisation) == ("reverse", "truncated"),
+        "truncated reverse KL: every other loss has the same gradient with and without it, or is "
+        "a policy gradient already",
+    ),
+    "forward_above": (
+        lambda loss: loss.direction == "reverse" and loss.normalisation in ("tail", "renormalised"),
+        "reverse KL with normalisation 'tail' or 'renormalised'",
+    ),
+    "clamp": (
+        lambda loss: loss.normalisation == "reference" or loss.support == "sampled",
+        "policy gradients: support 'sampled', or normalisation 'reference'",
+    ),
+    "importance_cap": (
+        lambda loss: loss.support == "sampled",
+        "support 'sampled': every other one sums over ids, and draws none from the old policy",
+    ),
+}
+"""What an option belongs to, and how that is said; elsewhere only its default is accepted."""
 
 
 def refusal(loss: LossConfig) -> str | None:
     """Why this combination is refused, as a sentence; None when it is allowed."""
-    if (loss.support == "sampled") != (loss.normalisation == "none"):
-        return "support 'sampled' goes with normalisation 'none', and only with it"
-    if loss.support == "sampled" and loss.direction == "forward":
+    if (loss.support in ("sampled", "draws")) != (loss.normalisation == "none"):
+        return "supports 'sampled' and 'draws' go with normalisation 'none', and only with it"
+    if loss.support == "sampled" and loss.direction != "reverse":
         return "the sampled token comes from the student: it estimates reverse KL only"
-    if loss.normalisation == "renormalised" and loss.k == 1:
+    if loss.support == "draws" and loss.direction != "forward":
+        return "draws come from the teacher: they estimate forward KL only"
+    if loss.support == "symmetric_difference" and loss.normalisation != "reference":
+        return "ids that one side alone finds likely are no support of a divergence: take 'union'"
+    if loss.normalisation == "renormalised" and loss.k == 1 and loss.support != "union":
         return "renormalised on one entry both sides are 1 and the loss is identically 0"
     if (loss.support, loss.direction, loss.normalisation) not in CELLS:
-        return f"normalisation {loss.normalisation!r} is not defined for {loss.direction} KL"
+        return f"normalisation {loss.normalisation!r} is not defined for direction {loss.direction}"
+    for name, (belongs, where) in _OPTIONS.items():
+        default = LossConfig.model_fields[name].default
+        if getattr(loss, name) != default and not belongs(loss):
+            return f"{name} belongs to {where}"
     return None
 
 
 def cell(loss: LossConfig) -> LossCell:
-    """The registry's entry for an allowed loss."""
-    return CELLS[loss.support, loss.direction, loss.normalisation]
+    """The registry's entry for an allowed loss, with the columns that its options need too."""
+    entry = CELLS[loss.support, loss.direction, loss.normalisation]
+    if loss.forward_above is None:
+        return entry
+    return replace(entry, columns=entry.columns | {"entropy"})

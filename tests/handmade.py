@@ -68,7 +68,8 @@ def commit_scores(
     """Commit a score set of a shard that stores exactly the columns given in ``scores``."""
     rollout = cache.need_rollouts(shard)
     k = 0 if scores.topk is None else int(scores.topk.ids.shape[1])
-    manifest = shards.commit_scores(cache, rollout, *columns, scores=scores, k=k)
+    draws = 0 if scores.draws is None else int(scores.draws.counts.sum(axis=1).max(initial=0))
+    manifest = shards.commit_scores(cache, rollout, *columns, scores=scores, k=k, draws=draws)
     return ServedColumns(key=manifest.key, columns=manifest.identity.columns)
 
 

@@ -17,7 +17,7 @@ from opdcache.schemas.columns import ScoreColumn
 from opdcache.score.teacher import Ask, Sequences, in_order
 from opdcache.score.transformers_scorer import TransformersScorer
 from opdcache.store.cache import Cache, as_listed, rollout_commit
-from opdcache.store.scores import Scores, StudentTopK, TopK
+from opdcache.store.scores import Draws, Scores, StudentTopK, TopK
 from opdcache.train.samples import MicroBatch, RoundSamples
 
 from . import shards
@@ -206,6 +206,7 @@ def scores_of(samples: list[tuple[int, int]], columns: tuple[ScoreColumn, ...], 
         tail_logprobs=np.array([-p / 2 for p in places], np.float32),
     )
     recorded = np.array([[p / 8 + j / 4 for j in range(S)] for p in places], np.float32)
+    drawn = np.array([[p, p + 1, p] for p in places], np.int64).reshape(-1, 3)
     return Scores(
         token_offsets=np.cumsum([0, *(length for _, length in samples)]).astype(np.int64),
         sampled_logprobs=-np.array(places, np.float32) if "sampled" in columns else None,
@@ -216,6 +217,7 @@ def scores_of(samples: list[tuple[int, int]], columns: tuple[ScoreColumn, ...], 
             if "student_topk" in columns
             else None
         ),
+        draws=Draws.of(drawn) if "draws" in columns else None,
     )
 
 
@@ -231,7 +233,10 @@ def samples_in(tmp_path: Path, k: int = K, widths: tuple[int, ...] = (K, K, K)) 
         sample += len(lengths)
         shard = commit_rollouts(store, [row_of(*one) for one in here], name=f"shard-{number}")
         shards.append(shard)
-        parts: list[tuple[ScoreColumn, ...]] = [("sampled", "topk"), ("entropy", "student_topk")]
+        parts: list[tuple[ScoreColumn, ...]] = [
+            ("sampled", "topk"),
+            ("entropy", "student_topk", "draws"),
+        ]
         served.append(
             [
                 commit_scores(store, shard, scores_of(here, columns, widths[number]), columns)
@@ -283,6 +288,8 @@ def test_every_teacher_column_is_that_of_its_token(tmp_path: Path) -> None:
         assert batch["recorded_ids_TS"][n].tolist() == [p * S + j for j in range(S)]
         assert batch["recorded_TS"][n].tolist() == stored(*(-(p / 8 + j / 4) for j in range(S)))
         assert float(batch["recorded_tail_T"][n]) == -p / 4
+        assert batch["draw_ids_TN"][n].tolist() == [p, p + 1]
+        assert batch["draw_counts_TN"][n].tolist() == [2, 1]
 
 
 @pytest.mark.parametrize("k", [1, 2, 3])
@@ -361,6 +368,8 @@ def test_columns_that_are_not_stored_are_none(tmp_path: Path) -> None:
         "recorded_ids_TS",
         "recorded_TS",
         "recorded_tail_T",
+        "draw_ids_TN",
+        "draw_counts_TN",
     }
     assert batch.teacher_sampled_T is not None
     expected = [-place(i, t) for i, t in ((1, 0), (1, 1), (0, 0), (0, 1), (0, 2))]

@@ -1,8 +1,10 @@
 """Every loss of the registry, and every metric, against dense float64 loops over the vocabulary."""
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -32,10 +34,26 @@ from opdcache.train.samples import MicroBatch
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-T, V, D, K, S = 13, 31, 8, 5, 5
+T, V, D, K, S, N = 13, 31, 8, 5, 5, 12
 CELL_KEYS = sorted(CELLS)
-KL_KEYS = [key for key in CELL_KEYS if key[2] not in ("none", "reference")]
+DIVERGENCE_KEYS = [key for key in CELL_KEYS if key[2] not in ("none", "reference")]
+KL_KEYS = [key for key in DIVERGENCE_KEYS if key[1] != "jsd"]
+WHOLE_KEYS = [key for key in DIVERGENCE_KEYS if key[2] != "truncated"]
 TAIL_KEYS = [key for key in CELL_KEYS if key[2] == "tail"]
+ALL_SUPPORTS = ("teacher_topk", "student_topk", "overlap", "union")
+OPTIONS: list[tuple[Callable[[tuple[str, str, str]], bool], dict[str, Any]]] = [
+    (lambda key: key[1] == "jsd", {"beta": 0.0}),
+    (lambda key: key[1] == "jsd", {"beta": 0.1}),
+    (lambda key: key[1] == "jsd", {"beta": 1.0}),
+    (lambda key: key[2] == "reference", {"weighting": "teacher"}),
+    (lambda key: key[2] == "reference", {"weighting": "uniform", "clamp": 0.4}),
+    (lambda key: key[1:] == ("reverse", "truncated"), {"stop_gradient": True}),
+    (lambda key: key[1:] == ("reverse", "tail"), {"forward_above": 1.8}),
+    (lambda key: key[1:] == ("reverse", "renormalised"), {"forward_above": 1.8}),
+    (lambda key: key[0] == "sampled", {"clamp": 0.3}),
+    (lambda key: key[0] == "sampled", {"importance_cap": 1.2}),
+]
+"""What every option belongs to, and values of it."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +100,19 @@ def stored(
         recorded_ids_TS=recorded,
         recorded_TS=teacher_TV.gather(1, recorded).float(),
         recorded_tail_T=torch.tensor(recorded_tails, dtype=torch.float64).log().float(),
+        **drawn(teacher_TV),
     )
+
+
+def drawn(teacher_TV: Tensor) -> dict[str, Tensor]:
+    """N draws a token, counted; past the last stand zeros."""
+    made = torch.Generator().manual_seed(1)
+    draws = torch.multinomial(teacher_TV.exp(), N, replacement=True, generator=made)
+    ids, counts = torch.zeros_like(draws), torch.zeros_like(draws)
+    for t, row in enumerate(draws):
+        found, times = row.unique(return_counts=True)
+        ids[t, : len(found)], counts[t, : len(found)] = found, times
+    return {"draw_ids_TN": ids, "draw_counts_TN": counts}
 
 
 def problem(
@@ -103,10 +133,22 @@ def problem(
     return Problem(hidden, weight, teacher, stored(teacher, num_kept or ragged, recorded, sampled))
 
 
-def config(key: tuple[Support, Direction, Normalisation], k: int = K) -> LossConfig:
-    loss = LossConfig(support=key[0], direction=key[1], normalisation=key[2], k=k)
+def config(key: tuple[Support, Direction, Normalisation], k: int = K, **options: Any) -> LossConfig:
+    loss = LossConfig(support=key[0], direction=key[1], normalisation=key[2], k=k, **options)
     assert refusal(loss) is None
     return loss
+
+
+WITH_OPTIONS = [
+    config(key, **options) for key in CELL_KEYS for belongs, options in OPTIONS if belongs(key)
+]
+LOSSES = [config(key) for key in CELL_KEYS] + WITH_OPTIONS
+"""Every cell of the registry, and every cell with every option that belongs to it."""
+
+
+def named(loss: LossConfig) -> str:
+    changed = loss.model_dump(exclude={"k"}, exclude_defaults=True)
+    return "-".join(f"{v}" if isinstance(v, str) else f"{n}={v}" for n, v in changed.items())
 
 
 def student_view(
@@ -161,11 +203,20 @@ def support_of(loss: LossConfig, batch: MicroBatch) -> Callable[[int, Tensor, Te
         own = set(log_p.sort(descending=True).indices[: loss.k].tolist())
         return [v for v in teachers(t, log_p, log_q) if v in own]
 
+    def union(t: int, log_p: Tensor, log_q: Tensor) -> list[int]:
+        return sorted(set(teachers(t, log_p, log_q)) | set(recorded[t]))
+
+    def difference(t: int, log_p: Tensor, log_q: Tensor) -> list[int]:
+        return sorted(set(teachers(t, log_p, log_q)) ^ set(recorded[t]))
+
     return {
         "sampled": lambda t, log_p, log_q: [int(batch.sampled_T[t])],
         "teacher_topk": teachers,
         "student_topk": lambda t, log_p, log_q: recorded[t],
         "overlap": overlap,
+        "union": union,
+        "symmetric_difference": difference,
+        "draws": lambda t, log_p, log_q: list(range(V)),
     }[loss.support]
 
 
@@ -173,50 +224,95 @@ def zero(log_p: Tensor) -> Tensor:
     return 0 * log_p.sum()
 
 
-def sampled_oracle(ids: list[int], log_p: Tensor, log_q: Tensor) -> Tensor:
-    (y,) = ids
-    return -float(log_q[y] - log_p[y].detach()) * log_p[y]
+def bounded(value: float, bound: float | None) -> float:
+    return value if bound is None else max(-bound, min(bound, value))
+
+
+def policy_gradient_oracle(
+    loss: LossConfig, ids: list[int], log_p: Tensor, log_q: Tensor, sampling: float
+) -> Tensor:
+    """``-sum c A log p`` with numbers, not tensors, for c and A: of the sampled token, or of the
+    reference form."""
+    p, q = log_p.detach().exp().tolist(), log_q.exp().tolist()
+    mass_p, mass_q = sum(p[v] for v in ids), sum(q[v] for v in ids)
+    total = zero(log_p)
+    for v in ids:
+        advantage = bounded(math.log(q[v] / p[v]), loss.clamp)
+        if loss.support == "sampled":
+            ratio = p[v] / math.exp(sampling)
+            share = 1.0 if loss.importance_cap is None else min(ratio, loss.importance_cap)
+        else:
+            shares = {"student": p[v] / mass_p, "teacher": q[v] / mass_q, "uniform": 1 / len(ids)}
+            share = shares[loss.weighting]
+        total = total - share * advantage * log_p[v]
+    return total
+
+
+def masses(loss: LossConfig, ids: list[int], log_p: Tensor) -> Tensor:
+    """What a divergence compares: probabilities, [entries]."""
+    p = log_p.exp()
+    if loss.normalisation == "renormalised":
+        return p[ids] / p[ids].sum()
+    if loss.normalisation == "truncated":
+        return p[ids]
+    rest = [v for v in range(len(p)) if v not in ids]
+    return torch.cat([p[ids], p[rest].sum()[None]]) if rest else p[ids]
+
+
+def kl(a: Tensor, b: Tensor) -> Tensor:
+    return (a * (a / b).log()).sum()
+
+
+def divergence_oracle(loss: LossConfig, ids: list[int], log_p: Tensor, log_q: Tensor) -> Tensor:
+    if not ids and loss.normalisation != "tail":
+        return zero(log_p)
+    p, q = (masses(loss, ids, side) for side in (log_p, log_q))
+    if loss.direction == "forward" or (loss.direction == "jsd" and loss.beta == 0):
+        return kl(q, p)
+    if loss.direction == "jsd" and loss.beta < 1:
+        mixture = loss.beta * q + (1 - loss.beta) * p
+        return loss.beta * kl(q, mixture) + (1 - loss.beta) * kl(p, mixture)
+    if loss.stop_gradient:
+        weights = (p * (p / q).log()).tolist()
+        return sum((w * p_.log() for w, p_ in zip(weights, p, strict=True)), zero(log_p))
+    entropy = float(-(log_q.exp() * log_q).sum())
+    gated = loss.forward_above is not None and entropy > loss.forward_above
+    return kl(p, q) + kl(q, p) if gated else kl(p, q)
 
 
 def renormalised_oracle(ids: list[int], log_p: Tensor, log_q: Tensor) -> Tensor:
-    p, q = log_p.exp(), log_q.exp()
-    mass_p, mass_q = sum(p[v] for v in ids), sum(q[v] for v in ids)
-    terms = [p[v] / mass_p * ((p[v] / mass_p) / (q[v] / mass_q)).log() for v in ids]
-    return sum(terms, zero(log_p))
-
-
-def reference_oracle(ids: list[int], log_p: Tensor, log_q: Tensor) -> Tensor:
-    p = log_p.detach()
-    mass = sum(float(p[v].exp()) for v in ids)
-    total = zero(log_p)
-    for v in ids:
-        advantage = float(p[v].exp()) / mass * float(log_q[v] - p[v])
-        total = total - advantage * log_p[v]
-    return total
+    loss = config(("teacher_topk", "reverse", "renormalised"))
+    return divergence_oracle(loss, ids, log_p, log_q)
 
 
 def tail_oracle(ids: list[int], log_a: Tensor, log_b: Tensor) -> Tensor:
     """KL(a || b) over the ids and one bucket that holds every other id."""
-    a, b = log_a.exp(), log_b.exp()
-    rest = [v for v in range(len(a)) if v not in ids]
-    total = sum((a[v] * (log_a[v] - log_b[v]) for v in ids), zero(log_a))
-    if rest:
-        total = total + a[rest].sum() * (a[rest].sum() / b[rest].sum()).log()
-    return total
+    return divergence_oracle(config(("teacher_topk", "reverse", "tail")), ids, log_a, log_b)
 
 
-ORACLES: dict[tuple[str, str], Callable[[list[int], Tensor, Tensor], Tensor]] = {
-    ("reverse", "none"): sampled_oracle,
-    ("reverse", "renormalised"): renormalised_oracle,
-    ("reverse", "reference"): reference_oracle,
-    ("reverse", "tail"): tail_oracle,
-    ("forward", "tail"): lambda ids, log_p, log_q: tail_oracle(ids, log_q, log_p),
-}
+def oracle_of(loss: LossConfig, batch: MicroBatch) -> Callable[[int, Tensor, Tensor], Tensor]:
+    """A loss of token t from whole distributions."""
+    support = support_of(loss, batch)
+
+    def of_token(t: int, log_p: Tensor, log_q: Tensor) -> Tensor:
+        ids = support(t, log_p.detach(), log_q)
+        if loss.support == "sampled" or loss.normalisation == "reference":
+            assert batch.sampling_T is not None
+            return policy_gradient_oracle(loss, ids, log_p, log_q, float(batch.sampling_T[t]))
+        if loss.support == "draws":
+            assert batch.draw_ids_TN is not None
+            assert batch.draw_counts_TN is not None
+            pairs = zip(
+                batch.draw_ids_TN[t].tolist(), batch.draw_counts_TN[t].tolist(), strict=True
+            )
+            return sum((-n / N * log_p[v] for v, n in pairs), zero(log_p))
+        return divergence_oracle(loss, ids, log_p, log_q)
+
+    return of_token
 
 
 def oracle(loss: LossConfig, given: Problem) -> tuple[Tensor, Tensor]:
-    form, support = ORACLES[loss.direction, loss.normalisation], support_of(loss, given.batch)
-    return dense(given, lambda t, p, q: form(support(t, p.detach(), q), p, q))
+    return dense(given, oracle_of(loss, given.batch))
 
 
 def assert_close(mine: tuple[Tensor, Tensor], exact: tuple[Tensor, Tensor]) -> None:
@@ -225,31 +321,31 @@ def assert_close(mine: tuple[Tensor, Tensor], exact: tuple[Tensor, Tensor]) -> N
         assert float((ours_.double() - theirs).abs().max()) <= 1e-5
 
 
-@pytest.mark.parametrize("key", CELL_KEYS, ids="-".join)
-def test_loss_and_gradient_are_those_of_a_dense_computation(
-    key: tuple[Support, Direction, Normalisation],
-) -> None:
+@pytest.mark.parametrize("loss", LOSSES, ids=named)
+def test_loss_and_gradient_are_those_of_a_dense_computation(loss: LossConfig) -> None:
     given = problem()
-    exact = oracle(config(key), given)
+    exact = oracle(loss, given)
     assert float(exact[0].abs().max()) > 1e-2
     assert float(exact[1].abs().max()) > 1e-2
-    assert_close(ours(config(key), given), exact)
+    assert_close(ours(loss, given), exact)
 
 
-@pytest.mark.parametrize("key", CELL_KEYS, ids="-".join)
-def test_weight_gradient_is_that_of_a_dense_computation(
-    key: tuple[Support, Direction, Normalisation],
-) -> None:
-    given, loss = problem(seed=2), config(key)
+@pytest.mark.parametrize("loss", WITH_OPTIONS, ids=named)
+def test_an_option_changes_the_loss_or_its_gradient(loss: LossConfig) -> None:
+    plain, given = config((loss.support, loss.direction, loss.normalisation)), problem()
+    pairs = zip(ours(loss, given), ours(plain, given), strict=True)
+    assert max(float((one - other).abs().max()) for one, other in pairs) > 1e-2
+
+
+@pytest.mark.parametrize("loss", LOSSES, ids=named)
+def test_weight_gradient_is_that_of_a_dense_computation(loss: LossConfig) -> None:
+    given = problem(seed=2)
     weight = given.weight_VD.clone().requires_grad_()
     student_view(loss, given.batch, given.hidden_TD, weight)[1].mean().backward()
     exact = given.weight_VD.double().requires_grad_()
     log_p = torch.log_softmax(given.hidden_TD.double() @ exact.T, dim=1)
-    form, support = ORACLES[loss.direction, loss.normalisation], support_of(loss, given.batch)
-    rows = [
-        form(support(t, p.detach(), q), p, q)
-        for t, (p, q) in enumerate(zip(log_p, given.teacher_TV, strict=True))
-    ]
+    of_token = oracle_of(loss, given.batch)
+    rows = [of_token(t, p, q) for t, (p, q) in enumerate(zip(log_p, given.teacher_TV, strict=True))]
     (sum(rows[1:], rows[0]) / T).backward()
     assert weight.grad is not None
     assert exact.grad is not None
@@ -271,7 +367,7 @@ def test_on_the_whole_vocabulary_every_kl_is_the_full_kl(
     assert_close(ours(config(key, k=V), given), exact)
 
 
-@pytest.mark.parametrize("key", KL_KEYS, ids="-".join)
+@pytest.mark.parametrize("key", WHOLE_KEYS, ids="-".join)
 def test_a_teacher_that_is_the_student_gives_no_loss_and_no_gradient(
     key: tuple[Support, Direction, Normalisation],
 ) -> None:
@@ -280,11 +376,34 @@ def test_a_teacher_that_is_the_student_gives_no_loss_and_no_gradient(
     assert float(gradient.abs().max()) <= 1e-5
 
 
-@pytest.mark.parametrize("key", CELL_KEYS, ids="-".join)
+@pytest.mark.parametrize(
+    "loss",
+    [loss for loss in LOSSES if loss.support == "sampled" or loss.normalisation == "reference"],
+    ids=named,
+)
 def test_a_teacher_that_is_the_student_gives_no_gradient_to_policy_gradients_either(
-    key: tuple[Support, Direction, Normalisation],
+    loss: LossConfig,
 ) -> None:
-    assert float(ours(config(key), problem(same=True))[1].abs().max()) <= 1e-5
+    assert float(ours(loss, problem(same=True))[1].abs().max()) <= 1e-5
+
+
+@pytest.mark.parametrize("support", ALL_SUPPORTS)
+@pytest.mark.parametrize(("direction", "sign"), [("reverse", 1), ("forward", -1)])
+def test_a_truncated_kl_trains_the_mass_of_the_support_even_at_the_teacher(
+    support: Support, direction: Direction, sign: int
+) -> None:
+    given, loss = problem(same=True), config((support, direction, "truncated"))
+    ids_of = support_of(loss, given.batch)
+
+    def mass(t: int, p: Tensor, q: Tensor) -> Tensor:
+        return sign * p.exp()[ids_of(t, p.detach(), q)].sum()
+
+    gradient = ours(loss, given)[1].double()
+    assert float(gradient.abs().max()) > 1e-2
+    assert float((gradient - dense(given, mass)[1]).abs().max()) <= 1e-5
+    if direction == "reverse":
+        stopped = loss.model_copy(update={"stop_gradient": True})
+        assert float(ours(stopped, given)[1].abs().max()) <= 1e-5
 
 
 def disjoint() -> Problem:
@@ -311,7 +430,7 @@ def test_an_empty_overlap_gives_zero_loss_and_a_zero_finite_gradient(
     assert float(gradient.abs().max()) <= 1e-6
 
 
-@pytest.mark.parametrize("support", ["teacher_topk", "student_topk", "overlap"])
+@pytest.mark.parametrize("support", [*ALL_SUPPORTS, "symmetric_difference"])
 def test_reference_form_is_eq5_plus_a_term_that_trains_the_mass_of_the_support(
     support: Support,
 ) -> None:
@@ -363,6 +482,50 @@ def test_reverse_kl_with_tail_has_the_gradient_of_its_stop_gradient_form() -> No
     assert float((ours(loss, given)[1].double() - exact).abs().max()) <= 1e-5
 
 
+@pytest.mark.parametrize("normalisation", ["renormalised", "tail", "truncated"])
+def test_the_stop_gradient_identity_holds_against_finite_differences(
+    normalisation: Normalisation,
+) -> None:
+    """The slope of the KL along a direction, from values alone, beside the gradient of its
+    stop-gradient form: the same but where the sum is truncated, then off by that of the mass."""
+    given, step = problem(), 1e-5
+    loss = config(("teacher_topk", "reverse", normalisation))
+    ids_of = support_of(loss, given.batch)
+    ids = [ids_of(t, q, q) for t, q in enumerate(given.teacher_TV)]
+    along_TD = torch.randn(T, D, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+
+    def at(distance: float, of_token: Callable[[int, Tensor, Tensor], Tensor]) -> float:
+        moved = replace(given, hidden_TD=given.hidden_TD.double() + distance * along_TD)
+        return float(dense(moved, of_token)[0].sum())
+
+    def slope(of_token: Callable[[int, Tensor, Tensor], Tensor]) -> float:
+        return (at(step, of_token) - at(-step, of_token)) / (2 * step)
+
+    def stopped(t: int, p: Tensor, q: Tensor) -> Tensor:
+        own, teachers = masses(loss, ids[t], p), masses(loss, ids[t], q)
+        return ((own * (own / teachers).log()).detach() * own.log()).sum()
+
+    by_values = slope(lambda t, p, q: divergence_oracle(loss, ids[t], p, q))
+    of_mass = slope(lambda t, p, q: masses(loss, ids[t], p).sum())
+    by_gradient = float((dense(given, stopped)[1] * along_TD).sum())
+    assert abs(by_values) > 0.1
+    assert (abs(of_mass) > 0.1) == (normalisation == "truncated")
+    assert by_values == pytest.approx(by_gradient + of_mass, abs=1e-6)
+    assert float((ours(loss, given)[1].double() * along_TD).sum()) == pytest.approx(
+        by_values, abs=1e-4
+    )
+
+
+def test_the_gate_opens_at_some_tokens_and_not_at_others() -> None:
+    given = problem()
+    gate = config(("teacher_topk", "reverse", "tail"), forward_above=1.8)
+    plain = config(("teacher_topk", "reverse", "tail"))
+    added = ours(gate, given)[0] - ours(plain, given)[0]
+    assert given.batch.teacher_entropy_T is not None
+    assert ((added > 1e-3) == (given.batch.teacher_entropy_T > 1.8)).all()
+    assert 3 <= int((added > 1e-3).sum()) <= T - 3
+
+
 def test_without_tail_or_renormalisation_the_stop_gradient_form_would_differ_by_the_mass() -> None:
     given, loss = problem(), config(("teacher_topk", "reverse", "tail"))
     ids_of = support_of(loss, given.batch)
@@ -393,14 +556,30 @@ def test_the_registry_refuses_to_renormalise_on_one_entry(support: Support) -> N
 
 def test_every_combination_is_a_cell_or_is_refused_with_a_reason() -> None:
     allowed = set()
-    for support in ("sampled", "teacher_topk", "student_topk", "overlap"):
-        for direction in ("reverse", "forward"):
-            for normalisation in ("none", "tail", "renormalised", "reference"):
-                loss = LossConfig(support=support, direction=direction, normalisation=normalisation)
-                if refusal(loss) is None:
-                    allowed.add((support, direction, normalisation))
-                    assert cell(loss) is CELLS[support, direction, normalisation]
+    for key in itertools.product(get_args(Support), get_args(Direction), get_args(Normalisation)):
+        loss = LossConfig(support=key[0], direction=key[1], normalisation=key[2])
+        if refusal(loss) is None:
+            allowed.add(key)
+            assert cell(loss) is CELLS[key]
     assert allowed == set(CELLS)
+
+
+def test_an_option_is_refused_where_it_means_nothing() -> None:
+    values = {name: value for _, options in OPTIONS for name, value in options.items()}
+    for name, value in values.items():
+        belongs = [rule for rule, options in OPTIONS if name in options]
+        for key in CELL_KEYS:
+            loss = LossConfig(support=key[0], direction=key[1], normalisation=key[2])
+            reason = refusal(loss.model_copy(update={name: value}))
+            if any(rule(key) for rule in belongs) or (name, key[2]) == ("clamp", "reference"):
+                assert reason is None
+            else:
+                assert (reason or "").startswith(f"{name} belongs to ")
+
+
+def test_a_gate_on_the_teachers_entropy_needs_the_entropy() -> None:
+    loss = config(("overlap", "reverse", "tail"), forward_above=1.0)
+    assert cell(loss).columns == {"topk", "entropy"}
 
 
 @pytest.mark.parametrize("key", CELL_KEYS, ids="-".join)
@@ -478,7 +657,7 @@ def test_loss_and_gradient_are_right_where_little_mass_is_outside_the_support(
     assert_close(ours(config(key), given), oracle(config(key), given))
 
 
-@pytest.mark.parametrize("support", ["teacher_topk", "student_topk", "overlap"])
+@pytest.mark.parametrize("support", ALL_SUPPORTS)
 def test_forward_kl_pulls_a_student_back_that_has_left_all_but_the_support(
     support: Support,
 ) -> None:

@@ -46,7 +46,7 @@ from opdcache.store import codec, rollouts
 from opdcache.store.cache import Cache, as_listed
 from opdcache.store.encoding import ScoreBuilder, encode_scores
 from opdcache.store.scores import GROUP, Scores, TopK
-from opdcache.train.losses import OnSupport, tail_reverse_kl, token_losses
+from opdcache.train.losses import OnSupport, reverse_kl, token_losses, with_tail
 from opdcache.vllm_engine import Logprobs
 
 from . import shards
@@ -483,7 +483,7 @@ def test_trap_5_draining_the_support_lowers_the_truncated_sum_and_raises_ours() 
         truncated.append(float((p * (p / q).log()).sum()))
         tails = (torch.tensor([1 - mass], dtype=torch.float64).log() for mass in (left, 0.8))
         on = OnSupport(p.log(), q.log(), torch.ones_like(q, dtype=torch.bool), *tails)
-        ours.append(float(tail_reverse_kl(on)))
+        ours.append(float(reverse_kl(with_tail(on))))
         if left < 0.8:
             exact = left * np.log(left / 0.8) + (1 - left) * np.log((1 - left) / 0.2)
             assert ours[-1] == pytest.approx(exact, abs=1e-12)

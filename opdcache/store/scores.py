@@ -110,7 +110,7 @@ class Draws:
             np.take_along_axis(counts, most, axis=1).astype(np.uint16),
         )
 
-    def at(self, tokens: slice) -> "Draws":
+    def at(self, tokens: slice | NDArray[np.int64]) -> "Draws":
         """The draws of some tokens."""
         return Draws(self.ids[tokens], self.counts[tokens])
 

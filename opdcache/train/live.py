@@ -1,6 +1,6 @@
 """The live student on a micro-batch: what the loss sees of it, and what is reported of it.
 
-Legend: T tokens, K teacher entries, S recorded student entries.
+Legend: T tokens, K teacher entries, S recorded student entries, N drawn ids.
 """
 
 from dataclasses import dataclass
@@ -9,9 +9,13 @@ import torch
 from torch import Tensor
 
 from ..heads import StudentView
-from ..schemas.losses import LossConfig
-from .losses import OnSupport, tail_reverse_kl
+from ..schemas.losses import LossConfig, cell
+from .losses import OnSupport, reverse_kl, with_tail
 from .samples import MicroBatch
+
+_LEAST_LEFT = 1 / 128
+"""Of the mass outside the teacher's top-k, what the union leaves at least: less than that the
+stored log-probs, which are rounded, cannot tell from nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,18 +26,21 @@ class Live:
         sampled_T: of the sampled tokens.
         topk_TK: of the teacher's kept entries; None when none are stored.
         recorded_TS: of the recorded student ids; None unless the loss looks at them.
+        drawn_TN: of the teacher's draws; None unless the loss looks at them.
         view: the rest of what the head gave, the tail that the loss asked for included.
     """
 
     sampled_T: Tensor
     topk_TK: Tensor | None
     recorded_TS: Tensor | None
+    drawn_TN: Tensor | None
     view: StudentView
 
 
 def ids_to_gather(loss: LossConfig, batch: MicroBatch) -> Tensor:
-    """Ids that the loss and the metrics need, [T, 1 + K + S]: sampled, teacher's, recorded."""
-    return torch.cat([batch.sampled_T[:, None], *_more_ids(loss, batch)], dim=1)
+    """Ids that the loss and the metrics need, [T, 1 + K + S + N]: sampled, teacher's, recorded,
+    drawn; those that nobody needs are left out."""
+    return torch.cat(list(_gathered(loss, batch).values()), dim=1)
 
 
 def within_support(loss: LossConfig, batch: MicroBatch) -> Tensor | None:
@@ -44,58 +51,96 @@ def within_support(loss: LossConfig, batch: MicroBatch) -> Tensor | None:
     """
     if loss.normalisation != "tail":
         return None
-    columns = [torch.zeros_like(batch.sampled_T, dtype=torch.bool)[:, None]]
-    if batch.kept_TK is not None:
-        unused = loss.support == "student_topk"
-        columns.append(torch.zeros_like(batch.kept_TK) if unused else batch.kept_TK)
-    if loss.support == "student_topk":
-        assert batch.recorded_ids_TS is not None
-        columns.append(torch.ones_like(batch.recorded_ids_TS, dtype=torch.bool))
-    return torch.cat(columns, dim=1)
+    within = {
+        name: torch.zeros_like(i, dtype=torch.bool) for name, i in _gathered(loss, batch).items()
+    }
+    if loss.support != "student_topk":
+        assert batch.kept_TK is not None
+        within["topk"] = batch.kept_TK
+    if "recorded" in within:
+        within["recorded"] = torch.ones_like(within["recorded"])
+    return torch.cat(list(within.values()), dim=1)
 
 
 def live(loss: LossConfig, batch: MicroBatch, view: StudentView) -> Live:
     """Take apart the head's view of ``ids_to_gather``."""
-    topk = recorded = None
-    start = 1
-    if batch.topk_ids_TK is not None:
-        topk = view.logprobs_TK[:, start : start + batch.topk_ids_TK.shape[1]]
-        start += batch.topk_ids_TK.shape[1]
-    if loss.support == "student_topk":
-        recorded = view.logprobs_TK[:, start:]
-    return Live(view.logprobs_TK[:, 0], topk, recorded, view)
+    gathered = _gathered(loss, batch)
+    widths = [ids.shape[1] for ids in gathered.values()]
+    parts = dict(zip(gathered, torch.split(view.logprobs_TK, widths, dim=1), strict=True))
+    return Live(
+        sampled_T=parts["sampled"][:, 0],
+        topk_TK=parts.get("topk"),
+        recorded_TS=parts.get("recorded"),
+        drawn_TN=parts.get("drawn"),
+        view=view,
+    )
 
 
 def on_support(loss: LossConfig, batch: MicroBatch, student: Live) -> OnSupport:
     """Both sides of the loss on its support."""
+    student_TK, teacher_TK, valid_TK, student_tail_T, teacher_tail_T = _sides(loss, batch, student)
+    return OnSupport(
+        student_TK,
+        teacher_TK,
+        valid_TK,
+        student_tail_T,
+        teacher_tail_T,
+        sampling_T=batch.sampling_T,
+        teacher_entropy_T=batch.teacher_entropy_T,
+    )
+
+
+def _sides(loss: LossConfig, batch: MicroBatch, student: Live) -> tuple[Tensor, ...]:
+    """The first five fields of ``OnSupport``."""
     tail_T = student.view.tail_T
     if loss.support == "sampled":
         assert batch.teacher_sampled_T is not None
         alone = torch.ones_like(batch.sampled_T, dtype=torch.bool)[:, None]
         teacher_T1 = batch.teacher_sampled_T[:, None]
-        return OnSupport(student.sampled_T[:, None], teacher_T1, alone, tail_T, tail_T)
+        return student.sampled_T[:, None], teacher_T1, alone, tail_T, tail_T
+    if loss.support == "draws":
+        assert student.drawn_TN is not None
+        assert batch.draw_counts_TN is not None
+        counts_TN = batch.draw_counts_TN
+        shares_TN = counts_TN.clamp(min=1) / counts_TN.sum(dim=1, keepdim=True)
+        return student.drawn_TN, shares_TN.log(), counts_TN > 0, tail_T, tail_T
     if loss.support == "student_topk":
         assert student.recorded_TS is not None
         assert batch.recorded_TS is not None
         assert batch.recorded_tail_T is not None
         whole = torch.ones_like(batch.recorded_TS, dtype=torch.bool)
-        return OnSupport(
-            student.recorded_TS, batch.recorded_TS, whole, tail_T, batch.recorded_tail_T
-        )
+        return student.recorded_TS, batch.recorded_TS, whole, tail_T, batch.recorded_tail_T
     assert student.topk_TK is not None
     assert batch.topk_TK is not None
     assert batch.kept_TK is not None
     assert batch.tail_T is not None
     if loss.support == "teacher_topk":
-        return OnSupport(student.topk_TK, batch.topk_TK, batch.kept_TK, tail_T, batch.tail_T)
-    shared_TK = _shared(batch.kept_TK, student)
-    left_out_TK = batch.kept_TK & ~shared_TK
-    return OnSupport(
-        student.topk_TK,
-        batch.topk_TK,
-        shared_TK,
-        _joined(tail_T, student.topk_TK, left_out_TK),
-        _joined(batch.tail_T, batch.topk_TK, left_out_TK),
+        return student.topk_TK, batch.topk_TK, batch.kept_TK, tail_T, batch.tail_T
+    if loss.support == "overlap":
+        shared_TK = _shared(batch.kept_TK, student)
+        left_out_TK = batch.kept_TK & ~shared_TK
+        return (
+            student.topk_TK,
+            batch.topk_TK,
+            shared_TK,
+            _joined(tail_T, student.topk_TK, left_out_TK),
+            _joined(batch.tail_T, batch.topk_TK, left_out_TK),
+        )
+    assert batch.topk_ids_TK is not None
+    assert batch.recorded_ids_TS is not None
+    assert student.recorded_TS is not None
+    assert batch.recorded_TS is not None
+    whole = torch.ones_like(batch.recorded_TS, dtype=torch.bool)
+    theirs_TK = batch.kept_TK
+    ours_TS = ~_among(batch.recorded_ids_TS, batch.topk_ids_TK, batch.kept_TK)
+    if loss.support == "symmetric_difference":
+        theirs_TK = theirs_TK & ~_among(batch.topk_ids_TK, batch.recorded_ids_TS, whole)
+    return (
+        torch.cat([student.topk_TK, student.recorded_TS], dim=1),
+        torch.cat([batch.topk_TK, batch.recorded_TS], dim=1),
+        torch.cat([theirs_TK, ours_TS], dim=1),
+        tail_T,
+        _less(batch.tail_T, batch.recorded_TS, ours_TS),
     )
 
 
@@ -142,9 +187,29 @@ def means(sums: dict[str, float]) -> dict[str, float]:
     return made
 
 
-def _more_ids(loss: LossConfig, batch: MicroBatch) -> list[Tensor]:
-    recorded = batch.recorded_ids_TS if loss.support == "student_topk" else None
-    return [ids for ids in (batch.topk_ids_TK, recorded) if ids is not None]
+def _gathered(loss: LossConfig, batch: MicroBatch) -> dict[str, Tensor]:
+    """The parts of ``ids_to_gather`` by name, in their order."""
+    looks_at_recorded = cell(loss).needs_recorded_topk
+    parts = {
+        "sampled": batch.sampled_T[:, None],
+        "topk": batch.topk_ids_TK,
+        "recorded": batch.recorded_ids_TS if looks_at_recorded else None,
+        "drawn": batch.draw_ids_TN if loss.support == "draws" else None,
+    }
+    return {name: ids for name, ids in parts.items() if ids is not None}
+
+
+def _among(ids_TA: Tensor, others_TB: Tensor, valid_TB: Tensor) -> Tensor:
+    """Bool [T, A]: which ids are among the valid ones of the others; [T, A, B] is never held."""
+    columns = [((others_TB == ids[:, None]) & valid_TB).any(dim=1) for ids in ids_TA.unbind(dim=1)]
+    return torch.stack(columns, dim=1)
+
+
+def _less(tail_T: Tensor, logprobs_TS: Tensor, taken_TS: Tensor) -> Tensor:
+    """A tail's log-mass without that of some entries in it."""
+    taken_T = logprobs_TS.exp().masked_fill(~taken_TS, 0).sum(dim=1)
+    left_T = 1 - taken_T / tail_T.exp().clamp(min=torch.finfo(torch.float32).tiny)
+    return tail_T + left_T.clamp(min=_LEAST_LEFT).log()
 
 
 def _shared(kept_TK: Tensor, student: Live) -> Tensor:
@@ -169,7 +234,7 @@ def _overlap_sums(batch: MicroBatch, student: Live) -> dict[str, Tensor]:
     tail_T = torch.log((1 - held_T).clamp(min=1e-7))  # good enough to report
     on_teacher = OnSupport(student.topk_TK, batch.topk_TK, batch.kept_TK, tail_T, batch.tail_T)
     return {
-        "reverse_kl_tail": tail_reverse_kl(on_teacher),
+        "reverse_kl_tail": reverse_kl(with_tail(on_teacher)),
         "overlap": shared_TK.float().mean(dim=1),
         "overlap_mass_student": (student.topk_TK.exp() * shared_TK).sum(dim=1),
         "overlap_mass_teacher": (batch.topk_TK.exp() * shared_TK).sum(dim=1),

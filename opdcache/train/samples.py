@@ -4,7 +4,7 @@ The order depends on the seed, the round and the shards alone, never on the numb
 size of a micro-batch; so a run resumes at the exact sample.
 
 Legend: B sequences, L padded length, T completion tokens of the micro-batch, K teacher entries,
-S recorded student entries.
+S recorded student entries, N drawn ids.
 """
 
 from collections.abc import Collection, Iterator, Sequence
@@ -22,7 +22,7 @@ from ..schemas.manifests import Quality
 from ..schemas.rounds import RolloutRound, ScoreRound
 from ..store import rollouts as shards
 from ..store.cache import Cache
-from ..store.scores import Scores, TopK
+from ..store.scores import Draws, Scores, TopK
 
 _SHARDS_IN_MEMORY = 32
 
@@ -60,6 +60,7 @@ class MicroBatch:
         topk_ids_TK, topk_TK, kept_TK, tail_T: the teacher's likeliest entries.
         recorded_ids_TS, recorded_TS, recorded_tail_T: ids that the student recorded, the teacher's
             log-probs of them, and the log of its mass elsewhere.
+        draw_ids_TN, draw_counts_TN: ids that the teacher drew, and how often; 0 past the last.
     """
 
     input_ids_BL: Tensor
@@ -76,6 +77,8 @@ class MicroBatch:
     recorded_ids_TS: Tensor | None
     recorded_TS: Tensor | None
     recorded_tail_T: Tensor | None
+    draw_ids_TN: Tensor | None
+    draw_counts_TN: Tensor | None
 
     @property
     def num_tokens(self) -> int:
@@ -178,6 +181,7 @@ class RoundSamples:
 
         topk = [found for p in pieces if (found := p.topk(self._k, self._mass)) is not None]
         recorded = [own for p in pieces if (own := p.recorded(self._k)) is not None]
+        draws = [drawn for p in pieces if (drawn := p.draws()) is not None]
         return MicroBatch(
             input_ids_BL=torch.from_numpy(padded).to(device),
             rows_T=needed(rows),
@@ -193,6 +197,8 @@ class RoundSamples:
             recorded_ids_TS=joined([r[0] for r in recorded]),
             recorded_TS=joined([r[1] for r in recorded]),
             recorded_tail_T=joined([r[2] for r in recorded]),
+            draw_ids_TN=joined(_alike([d.ids.astype(np.int64) for d in draws])),
+            draw_counts_TN=joined(_alike([d.counts.astype(np.int64) for d in draws])),
         )
 
     def _place(self, sample: int) -> tuple[int, int]:
@@ -273,6 +279,10 @@ class _Piece:
     def topk(self, k: int, mass: float) -> TopK | None:
         whole = self.shard.scores.topk
         return None if whole is None else whole.at(self.tokens).cut(k, mass)
+
+    def draws(self) -> Draws | None:
+        whole = self.shard.scores.draws
+        return None if whole is None else whole.at(self.tokens)
 
     def recorded(self, k: int) -> tuple[NDArray[Any], ...] | None:
         scores = self.shard.scores.student_topk
