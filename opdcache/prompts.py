@@ -72,6 +72,7 @@ class Tokenizer(Protocol):
 
     chat_template: str | None
     eos_token_id: int | None
+    all_special_ids: list[int]
 
     def get_vocab(self) -> dict[str, int]: ...
     def encode(self, text: str) -> list[int]: ...

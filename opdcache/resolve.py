@@ -121,6 +121,15 @@ def _loaded(folder: Path, files: tuple[tuple[Path, int, int], ...]) -> Tokenizer
     return tokenizer
 
 
+def special_ids(folder: Path) -> tuple[int, ...]:
+    """Ids that the tokenizer beside a model marks as special, EOS among them.
+
+    Raises:
+        ModelError: there is no tokenizer.
+    """
+    return tuple(sorted(load_tokenizer(folder).all_special_ids))
+
+
 def model_folder(ref: ModelRef, only: list[str] | None = None) -> Path:
     """The model's folder; a hub id is downloaded, or found in the hub's cache.
 

@@ -6,7 +6,7 @@ from pydantic import Field, JsonValue, model_validator
 
 from .base import Model
 from .columns import Compression, ScoreColumn
-from .losses import LossConfig, cell, refusal
+from .losses import LossConfig, TokensConfig, cell, refusal
 from .manifests import Quality, Sampling
 from .teachers import STUDENT, Dtype, HttpBackend, ModelRef, TeacherConfig
 
@@ -205,6 +205,7 @@ class TrainConfig(Model):
     """The train stage."""
 
     loss: LossConfig = Field(LossConfig(), description="what the learner minimises")
+    tokens: TokensConfig = Field(TokensConfig(), description="which tokens count, and how much")
     optimizer: OptimizerConfig = Field(OptimizerConfig(), description="how it minimises")
     batch_samples: int = Field(64, ge=1, description="samples an update, over all ranks")
     micro_batch_tokens: int = Field(
@@ -341,7 +342,10 @@ class RunConfig(Model):
         reason = refusal(loss)
         if reason:
             raise ValueError(f"train.loss: {reason}")
-        needs = cell(loss)
+        needs, tokens = cell(loss), self.train.tokens
+        chosen: set[ScoreColumn] = (
+            {"entropy"} if tokens.fraction < 1 and tokens.by == "entropy" else set()
+        )
         if needs.needs_recorded_topk and self.rollout.student_topk < loss.k:
             raise ValueError(
                 f"train.loss: support {loss.support!r} with k = {loss.k} needs rollouts that "
@@ -349,10 +353,11 @@ class RunConfig(Model):
                 f"{self.rollout.student_topk}"
             )
         teachers = (self.teacher, *self.teachers.values())
-        missing = needs.columns - frozenset.intersection(*map(self.columns_of, teachers))
+        stored = frozenset.intersection(*map(self.columns_of, teachers))
+        missing = (needs.columns | chosen) - stored
         if missing:
             raise ValueError(
-                f"train.loss: support {loss.support!r} needs the score column "
+                f"train.loss: what it or train.tokens looks at needs the score column "
                 f"{', '.join(sorted(missing))}; add it to score.columns, or take a backend that "
                 "gives it"
             )

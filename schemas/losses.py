@@ -9,7 +9,7 @@ sg[] what no gradient goes through.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -87,6 +87,39 @@ class LossConfig(Model):
         None,
         gt=0,
         description="of the sampled support: every token counts min(p live / p sampling, this)",
+    )
+
+
+class TokensConfig(Model):
+    """Which supervised tokens count in the loss, and how much; a loss mask comes first."""
+
+    max_supervised: tuple[Annotated[int, Field(ge=1)], ...] = Field(
+        (),
+        description="tokens of a completion, from its first, that are supervised: a number a "
+        "round, the last of which stands for later rounds; empty: all",
+    )
+    half_life: float | None = Field(
+        None, gt=0, description="tokens after which a token's weight is halved; none: all count 1"
+    )
+    skip_special: bool = Field(
+        False, description="the tokenizer's special tokens, EOS among them, are not supervised"
+    )
+    fraction: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="share of a completion's supervised tokens that count, those with the largest "
+        "value of 'by'; one at least",
+    )
+    by: Literal["divergence", "entropy"] = Field(
+        "divergence",
+        description="divergence: the loss of the live student; entropy: the teacher's, which must "
+        "be stored",
+    )
+    mean: Literal["tokens", "sequences"] = Field(
+        "tokens",
+        description="tokens: the mean over all tokens of an update; sequences: over each "
+        "completion's tokens, then over completions",
     )
 
 

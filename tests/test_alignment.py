@@ -19,6 +19,7 @@ from opdcache.score.transformers_scorer import TransformersScorer
 from opdcache.store.cache import Cache, as_listed, rollout_commit
 from opdcache.store.scores import Draws, Scores, StudentTopK, TopK
 from opdcache.train.samples import MicroBatch, RoundSamples
+from opdcache.train.weights import TokenRule
 
 from . import shards
 from .conftest import EOS_ID, TINY_VOCAB
@@ -442,7 +443,9 @@ def test_a_rollout_shard_that_was_made_anew_with_the_same_tokens_is_used(tmp_pat
 MASKS = ([True, False, False, True, True, False], [False], [])
 
 
-def masked_samples(tmp_path: Path, masks: tuple[list[bool], ...] = MASKS) -> RoundSamples:
+def masked_samples(
+    tmp_path: Path, masks: tuple[list[bool], ...] = MASKS, **rule: Any
+) -> RoundSamples:
     store = Cache(str(tmp_path / "cache"))
     lengths = [(i, len(mask)) for i, mask in enumerate(masks)]
     rows = [
@@ -451,13 +454,13 @@ def masked_samples(tmp_path: Path, masks: tuple[list[bool], ...] = MASKS) -> Rou
     ]
     shard = commit_rollouts(store, rows)
     served = commit_scores(store, shard, scores_of(lengths, ALL, K), ALL)
-    return RoundSamples(store, *rounds([shard], [[served]]), K)
+    return RoundSamples(store, *rounds([shard], [[served]]), K, rule=TokenRule(**rule))
 
 
 def test_a_masked_token_is_fed_and_stands_nowhere_else(tmp_path: Path) -> None:
     batch = masked_samples(tmp_path).collate([0], CPU)
     row = row_of(0, 6)
-    assert batch.input_ids_BL[0].tolist() == [*row.prompt, *row.completion[:-1]]
+    assert batch.input_ids_BL[0].tolist() == [*row.prompt, *row.completion[:4]]
     assert batch.sampled_T.tolist() == [row.completion[t] for t in (0, 3, 4)]
     assert batch.columns_T.tolist() == [len(row.prompt) - 1 + t for t in (0, 3, 4)]
     assert batch.teacher_sampled_T is not None
@@ -475,6 +478,40 @@ def test_masked_tokens_are_not_counted_and_a_sample_without_others_is_dropped_fo
     assert list(samples.micro_batches(range(3), 1000)) == [[0]]
     reasons = [samples.why_dropped(i) for i in range(3)]
     assert reasons == [None, "no supervised token", "empty completion"]
+
+
+def test_what_is_beyond_the_longest_supervised_length_is_neither_counted_nor_fed(
+    tmp_path: Path,
+) -> None:
+    samples = masked_samples(tmp_path, limit=4)
+    batch, row = samples.collate([0], CPU), row_of(0, 6)
+    assert batch.sampled_T.tolist() == [row.completion[t] for t in (0, 3)]
+    assert batch.input_ids_BL[0].tolist() == [*row.prompt, *row.completion[:3]]
+    assert samples.num_tokens([0, 1, 2]) == samples.weight([0, 1, 2]) == 2
+    assert masked_samples(tmp_path / "short", limit=1).collate([0], CPU).num_tokens == 1
+
+
+def test_ids_that_are_left_out_are_fed_and_not_supervised(tmp_path: Path) -> None:
+    row = row_of(0, 6)
+    samples = masked_samples(tmp_path, left_out=(row.completion[3], row.completion[5]))
+    batch = samples.collate([0], CPU)
+    assert batch.sampled_T.tolist() == [row.completion[t] for t in (0, 4)]
+    assert batch.input_ids_BL[0].tolist() == [*row.prompt, *row.completion[:4]]
+
+
+def test_weights_are_those_of_the_places_in_the_completion(tmp_path: Path) -> None:
+    samples = masked_samples(tmp_path, half_life=3.0)
+    expected = [0.5 ** (t / 3) for t in (0, 3, 4)]
+    assert samples.collate([0], CPU).weights_T.tolist() == pytest.approx(expected)
+    assert samples.weight([0, 1, 2]) == pytest.approx(sum(expected))
+
+
+def test_by_sequences_every_completion_weighs_the_same(tmp_path: Path) -> None:
+    masks = ([True] * 5, [False, True], [False], [])
+    samples = masked_samples(tmp_path, masks, per_sequence=True)
+    weights = samples.collate([0, 1], CPU).weights_T.tolist()
+    assert weights == pytest.approx([0.2] * 5 + [1.0])
+    assert samples.weight(range(4)) == pytest.approx(2)
 
 
 def test_an_evaluation_leaves_masked_tokens_out(tiny_student: Path, tiny_teacher: Path) -> None:

@@ -2,10 +2,11 @@
 time, on one process."""
 
 import json
+import math
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -213,8 +214,39 @@ class Plain:
     lrs: list[float]
 
 
-def plain_loop(student: Path, order: Sequence[Sequence[int]]) -> Plain:
-    """Train with dense logits, a sequence at a time; the optimizer goes on across rounds."""
+Weigh = Callable[[Sequence[float]], Sequence[float]]
+"""How much each token of a completion counts, of the values of its losses."""
+
+
+def all_alike(losses: Sequence[float]) -> Sequence[float]:
+    return [1.0 for _ in losses]
+
+
+CHOSEN = {"max_supervised": [4], "half_life": 3.0, "fraction": 0.4, "mean": "sequences"}
+
+
+def as_chosen(losses: Sequence[float]) -> Sequence[float]:
+    """What CHOSEN says: the first four tokens, of these the two fifths with the largest loss,
+    weighted by halves every three tokens over the sum of those of all four."""
+    first = list(losses[:4])
+    decayed = [0.5 ** (t / 3) for t in range(len(first))]
+    ranked = sorted(range(len(first)), key=lambda t: -first[t])[: math.ceil(0.4 * len(first))]
+    return [decayed[t] / sum(decayed) / 0.4 if t in ranked else 0.0 for t in range(len(first))] + [
+        0.0
+    ] * (len(losses) - len(first))
+
+
+def plain_loop(
+    student: Path,
+    order: Sequence[Sequence[int]],
+    weigh: Weigh = all_alike,
+    count: Callable[[int], int] = lambda num_tokens: num_tokens,
+) -> Plain:
+    """Train with dense logits, a sequence at a time; the optimizer goes on across rounds.
+
+    Args:
+        count: what a completion of so many tokens adds to the denominator.
+    """
     model = load(student)
     parameters = list(model.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=LR, betas=BETAS, eps=EPS, weight_decay=DECAY)
@@ -223,10 +255,14 @@ def plain_loop(student: Path, order: Sequence[Sequence[int]]) -> Plain:
     for listed in order:
         for update in range(per_round):
             batch = [SAMPLES[i] for i in listed[update * BATCH : (update + 1) * BATCH]]
-            num_tokens = sum(len(s.row.completion) for s in batch)
+            whole = sum(count(len(s.row.completion)) for s in batch)
             optimizer.zero_grad()
-            terms = [loss for s in batch for loss in token_losses(model, s)]
-            loss = sum(terms[1:], terms[0]) / num_tokens
+            terms = []
+            for sample in batch:
+                losses = list(token_losses(model, sample))
+                weights_ = weigh([float(loss.detach()) for loss in losses])
+                terms += [w * loss for w, loss in zip(weights_, losses, strict=True)]
+            loss = sum(terms[1:], terms[0]) / whole
             loss.backward()
             norm = torch.nn.utils.clip_grad_norm_(parameters, CLIP)
             lr = LR * (1 - len(made.losses) / (per_round * ROUNDS))
@@ -289,6 +325,7 @@ STOPPED = {
     "stopped-zero3": {"zero_stage": 3},
     "stopped-bf16-zero1": {"zero_stage": 1, "dtype": "bfloat16"},
 }
+WEIGHTED = ("chosen", "double-chosen")
 SMALL_LR, MANY = 5e-5, 60
 
 
@@ -321,20 +358,24 @@ def trained(
         batch_samples=len(SAMPLES),
         checkpoint_every=1000,
     )
+    for name in WEIGHTED:
+        configs[name] = run_config(
+            name, base, students["tied"], tokens=CHOSEN, micro_batch_tokens=TIGHT
+        )
     configs[ONE_STOPPED] = run_config(ONE_STOPPED, base, students["tied"], zero_stage=1)
     write_rounds(str(base / "cache"), [base / name for name in configs])
-    whole = [job(configs[name]) for name in (*SINGLE, *BF16, "small-lr")]
+    whole = [job(configs[name]) for name in (*SINGLE, *BF16, "small-lr", "chosen")]
     carry_out(base, "first", [*whole, *(job(configs[name], stop_after=2) for name in STOPPED)])
     goes_on = [job(configs[name], 1) for name in SINGLE if name.endswith("tight")]
     carry_out(base, "second", [*goes_on, *(job(configs[name]) for name in STOPPED)])
-    carry_out(base, "double", [job(configs[name]) for name in DOUBLE], ranks=2)
+    carry_out(base, "double", [job(configs[name]) for name in (*DOUBLE, "double-chosen")], ranks=2)
     config = RunConfig.model_validate_json(json.dumps(configs["tied-zero1-roomy"]))
     folder = RunFolder(base / "tied-zero1-roomy")
     samples = RoundSamples(Cache(config.cache), *_files(folder), K)
     order = [samples.order(config.seed, r, EPOCHS) for r in range(ROUNDS)]
-    return Trained(
-        base, {tie: plain_loop(path, order) for tie, path in students.items()}, students["tied"]
-    )
+    plain = {tie: plain_loop(path, order) for tie, path in students.items()}
+    plain["chosen"] = plain_loop(students["tied"], order, as_chosen, lambda num: num > 0)
+    return Trained(base, plain, students["tied"])
 
 
 def _files(folder: RunFolder) -> Any:
@@ -368,6 +409,11 @@ def test_the_next_round_goes_on_with_the_moments_and_the_schedule(
     trained: Trained, name: str
 ) -> None:
     assert_same_weights(trained.weights(name, 2), trained.plain[name.split("-")[0]], 1)
+
+
+@pytest.mark.parametrize("name", WEIGHTED)
+def test_tokens_count_as_the_run_file_says(trained: Trained, name: str) -> None:
+    assert_same_weights(trained.weights(name), trained.plain["chosen"], 0)
 
 
 @pytest.mark.parametrize("name", DOUBLE)

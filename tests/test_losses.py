@@ -89,6 +89,7 @@ def stored(
         input_ids_BL=torch.zeros((1, tokens), dtype=torch.long),
         rows_T=torch.zeros(tokens, dtype=torch.long),
         columns_T=picked,
+        weights_T=torch.ones(tokens),
         sampled_T=sampled,
         sampling_T=torch.linspace(-3, -0.5, tokens),
         teacher_sampled_T=teacher_TV[picked, sampled].float(),

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from ..heads import StudentView
-from ..schemas.losses import LossConfig, cell
+from ..schemas.losses import LossConfig, TokensConfig, cell
 from .losses import OnSupport, reverse_kl, with_tail
 from .samples import MicroBatch
+from .weights import largest
 
 _LEAST_LEFT = 1 / 128
 """Of the mass outside the teacher's top-k, what the union leaves at least: less than that the
@@ -142,6 +143,14 @@ def _sides(loss: LossConfig, batch: MicroBatch, student: Live) -> tuple[Tensor, 
         tail_T,
         _less(batch.tail_T, batch.recorded_TS, ours_TS),
     )
+
+
+@torch.no_grad()
+def loss_weights(tokens: TokensConfig, batch: MicroBatch, losses_T: Tensor) -> Tensor:
+    """How much each token counts, [T]: its weight, or 0 where it is not among those chosen."""
+    values_T = losses_T if tokens.by == "divergence" else batch.teacher_entropy_T
+    assert values_T is not None
+    return batch.weights_T * largest(values_T, batch.rows_T, tokens.fraction)
 
 
 @torch.no_grad()

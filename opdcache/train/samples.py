@@ -23,6 +23,7 @@ from ..schemas.rounds import RolloutRound, ScoreRound
 from ..store import rollouts as shards
 from ..store.cache import Cache
 from ..store.scores import Draws, Scores, TopK
+from .weights import TokenRule
 
 _SHARDS_IN_MEMORY = 32
 
@@ -52,7 +53,9 @@ class MicroBatch:
     that are masked are fed, and stand nowhere else. Absent columns are None.
 
     Attributes:
-        input_ids_BL: int64, padded on the right; the last completion token is not fed.
+        input_ids_BL: int64, padded on the right; what comes after all that predicts a
+            supervised token is not fed.
+        weights_T: float32, how much each counts in the loss.
         sampled_T: int64, the supervised tokens.
         sampling_T: float32, log-prob under the distribution sampled from; None where an import
             had none.
@@ -66,6 +69,7 @@ class MicroBatch:
     input_ids_BL: Tensor
     rows_T: Tensor
     columns_T: Tensor
+    weights_T: Tensor
     sampled_T: Tensor
     sampling_T: Tensor | None
     teacher_sampled_T: Tensor | None
@@ -92,6 +96,7 @@ class RoundSamples:
     Args:
         k: teacher and recorded entries a token that the loss looks at.
         mass: teacher entries are used until they hold this; a set that serves may hold more.
+        rule: which tokens are supervised, beside the loss mask, and their weights.
     """
 
     def __init__(
@@ -101,9 +106,10 @@ class RoundSamples:
         scores: ScoreRound,
         k: int,
         mass: float = 1.0,
+        rule: TokenRule = TokenRule(),  # noqa: B008  # it is frozen
     ) -> None:
         self._cache, self._rollouts, self._scores = cache, rollouts.shards, scores
-        self._k, self._mass = k, mass
+        self._k, self._mass, self._rule = k, mass, rule
         rows = [shard.num_rows for shard in self._rollouts]
         self._starts = np.concatenate([[0], np.cumsum(rows)])
         self._shard = lru_cache(maxsize=_SHARDS_IN_MEMORY)(self._read)
@@ -128,6 +134,10 @@ class RoundSamples:
     def num_tokens(self, samples: Sequence[int]) -> int:
         """Supervised tokens of the samples."""
         return sum(self._num_tokens(i) for i in samples)
+
+    def weight(self, samples: Sequence[int]) -> float:
+        """Sum of the weights of the samples' supervised tokens."""
+        return float(sum(self._piece(i).weights.sum(dtype=np.float64) for i in samples))
 
     def why_dropped(self, sample: int) -> str | None:
         """Why a sample cannot be trained on; None when it can."""
@@ -162,9 +172,8 @@ class RoundSamples:
 
     def collate(self, samples: Sequence[int], device: torch.device) -> MicroBatch:
         """Tensors of the samples on the device; every sample has tokens to supervise."""
-        places = [self._place(i) for i in samples]
-        pieces = [_Piece(self._shard(shard), row) for shard, row in places]
-        fed = [np.concatenate([p.prompt, p.completion[:-1]]) for p in pieces]
+        pieces = [self._piece(i) for i in samples]
+        fed = [p.fed for p in pieces]
         padded = np.zeros((len(fed), max(len(ids) for ids in fed)), np.int64)
         for row, ids in enumerate(fed):
             padded[row, : len(ids)] = ids
@@ -186,6 +195,7 @@ class RoundSamples:
             input_ids_BL=torch.from_numpy(padded).to(device),
             rows_T=needed(rows),
             columns_T=needed(columns),
+            weights_T=needed([p.weights for p in pieces]),
             sampled_T=needed([p.completion[p.within].astype(np.int64) for p in pieces]),
             sampling_T=joined([p.sampling() for p in pieces]),
             teacher_sampled_T=joined([p.score("sampled_logprobs") for p in pieces]),
@@ -205,14 +215,15 @@ class RoundSamples:
         shard = int(np.searchsorted(self._starts, sample, side="right")) - 1
         return shard, sample - int(self._starts[shard])
 
-    def _num_tokens(self, sample: int) -> int:
+    def _piece(self, sample: int) -> "_Piece":
         shard, row = self._place(sample)
-        return len(_Piece(self._shard(shard), row).within)
+        return _Piece(self._shard(shard), row, self._rule)
+
+    def _num_tokens(self, sample: int) -> int:
+        return len(self._piece(sample).within)
 
     def _length(self, sample: int) -> int:
-        shard, row = self._place(sample)
-        held = self._shard(shard)
-        return len(held.prompts[row]) + len(held.completions[row])
+        return len(self._piece(sample).fed)
 
     def _read(self, index: int) -> Shard:
         listed, scored = self._rollouts[index], self._scores.shards[index]
@@ -248,6 +259,7 @@ class _Piece:
 
     shard: Shard
     row: int
+    rule: TokenRule
 
     @property
     def prompt(self) -> NDArray[np.int32]:
@@ -258,10 +270,22 @@ class _Piece:
         return self.shard.completions[self.row]
 
     @property
+    def fed(self) -> NDArray[np.int32]:
+        """Tokens that the model reads: all before the last supervised one."""
+        within = self.within
+        last = int(within[-1]) if len(within) else 0
+        return np.concatenate([self.prompt, self.completion[:last]])
+
+    @property
     def within(self) -> NDArray[np.int64]:
         """Places of the supervised tokens in the completion."""
         start, stop = self.shard.offsets[self.row : self.row + 2]
-        return np.flatnonzero(self.shard.supervised[start:stop])
+        return self.rule.places(self.completion, self.shard.supervised[start:stop])
+
+    @property
+    def weights(self) -> NDArray[np.float32]:
+        """How much each of them counts."""
+        return self.rule.weights(self.within)
 
     @property
     def tokens(self) -> NDArray[np.int64]:

@@ -11,16 +11,26 @@ import torch
 
 from ..errors import ConfigError, EngineError, Held, InputsMissing, Interrupted, RunChanged
 from ..identity import digest, model_fingerprint
+from ..resolve import special_ids
 from ..runfolder import RunContext
 from ..schemas.rounds import RolloutRound, ScoreRound, TrainRound
 from ..served import refuse_unserved
 from ..stage import interrupts
 from ..store.upkeep import quarantining
 from .learner import Learner, Position, Saved
-from .live import ids_to_gather, live, means, metric_sums, on_support, within_support
+from .live import (
+    ids_to_gather,
+    live,
+    loss_weights,
+    means,
+    metric_sums,
+    on_support,
+    within_support,
+)
 from .losses import token_losses
 from .metrics import MetricsLog
 from .samples import RoundSamples
+from .weights import TokenRule
 
 
 def run(context: RunContext, round_index: int) -> TrainRound:
@@ -83,7 +93,7 @@ class _Training:
         refuse_unserved(context, rollouts)
         self._contents = digest([shard.content for shard in rollouts.shards])
         self._samples = RoundSamples(
-            context.cache, rollouts, scores, self._loss.k, config.score.mass
+            context.cache, rollouts, scores, self._loss.k, config.score.mass, self._rule()
         )
         self._order, self._unfit = self._ordered()
         self._num_updates = -(-len(self._order) // self._train.batch_samples)
@@ -95,6 +105,12 @@ class _Training:
         )
         self._position = self._resume()
         self._stop = self._stop_agreed = False
+
+    def _rule(self) -> TokenRule:
+        tokens, special = self._train.tokens, tuple[int, ...]()
+        if tokens.skip_special:
+            special = special_ids(self._context.student(self._round))
+        return TokenRule.of(tokens, self._round, special)
 
     @property
     def dropped(self) -> dict[str, int]:
@@ -193,7 +209,7 @@ class _Training:
         self.learner.save(self._context.folder.checkpoints, self._position)
 
     def _update(self, log: MetricsLog | None) -> None:
-        """One optimizer update: the token-mean of the loss over all ranks and micro-batches."""
+        """One optimizer update: the mean of the loss over all ranks and micro-batches."""
         began = time.monotonic()
         size, position = self._train.batch_samples, self._position
         batch = self._order[position.next_update * size : (position.next_update + 1) * size]
@@ -201,7 +217,7 @@ class _Training:
         if num_tokens == 0:
             self._stop_agreed = self._any_rank_stops()
         else:
-            sums = self._accumulate(batch, num_tokens)
+            sums = self._accumulate(batch)
             lr = self.learner.lr
             norm = self.learner.step()
             values = {**means(sums), "grad_norm": norm, "lr": lr}
@@ -218,8 +234,14 @@ class _Training:
         )
         self._context.progress.advance(1, num_tokens)
 
-    def _accumulate(self, batch: Sequence[int], num_tokens: int) -> dict[str, float]:
-        """Gradients of an update's batch; metric sums over all ranks."""
+    def _accumulate(self, batch: Sequence[int]) -> dict[str, float]:
+        """Gradients of an update's batch; metric sums over all ranks.
+
+        The loss is divided by the weight of all its tokens, or by the share of it that is to be
+        chosen: known before any forward, and the same on every rank.
+        """
+        tokens = self._train.tokens
+        whole = self._samples.weight(batch) * tokens.fraction
         totals: dict[str, torch.Tensor] = {}
         for samples, weight in self._shares(batch):
             micro = self._samples.collate(samples, self.learner.device)
@@ -227,7 +249,8 @@ class _Training:
             view = self.learner.view(micro, ids_TK, within_TK, self._loss.k)
             student = live(self._loss, micro, view)
             losses_T = token_losses(self._loss, on_support(self._loss, micro, student))
-            self.learner.backward(losses_T.sum() * (weight / num_tokens))
+            weights_T = loss_weights(tokens, micro, losses_T)
+            self.learner.backward((losses_T * weights_T).sum() * (weight / whole))
             for name, value in metric_sums(self._loss, micro, student, losses_T).items():
                 totals[name] = totals.get(name, 0) + weight * value
         self._stop_agreed = self._any_rank_stops()

@@ -1,0 +1,46 @@
+"""Which tokens count in the loss: the rule of a round, and what is chosen live."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from opdcache.schemas.losses import TokensConfig
+from opdcache.train.weights import TokenRule, largest
+
+
+@pytest.mark.parametrize(("round_index", "limit"), [(0, 10), (1, 20), (2, 40), (7, 40)])
+def test_a_length_curriculum_is_a_limit_a_round_and_the_last_one_stays(
+    round_index: int, limit: int
+) -> None:
+    config = TokensConfig(max_supervised=(10, 20, 40))
+    assert TokenRule.of(config, round_index, ()).limit == limit
+
+
+def test_without_a_limit_a_round_has_none() -> None:
+    assert TokenRule.of(TokensConfig(), 3, (1, 2)) == TokenRule()
+
+
+def test_special_ids_are_left_out_when_asked() -> None:
+    assert TokenRule.of(TokensConfig(skip_special=True), 0, (1, 2)).left_out == (1, 2)
+
+
+@given(
+    st.lists(st.lists(st.integers(-3, 3), max_size=9), min_size=1, max_size=5),
+    st.floats(0.01, 1.0),
+)
+def test_the_largest_of_every_sequence_are_chosen_and_the_earlier_of_equal_ones(
+    sequences: list[list[int]], fraction: float
+) -> None:
+    values = torch.tensor([v for row in sequences for v in row], dtype=torch.float32)
+    rows = torch.tensor([i for i, row in enumerate(sequences) for _ in row], dtype=torch.long)
+    expected = []
+    for row in sequences:
+        ranked = sorted(range(len(row)), key=lambda t: (-row[t], t))
+        chosen = ranked[: math.ceil(len(row) * fraction)]
+        expected += [t in chosen for t in range(len(row))]
+    if fraction == 1:
+        assert all(expected)
+    assert largest(values, rows, fraction).tolist() == expected
