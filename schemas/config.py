@@ -217,7 +217,11 @@ class TrainConfig(Model):
     )
     zero_stage: Literal[0, 1, 2, 3] = Field(1, description="DeepSpeed ZeRO stage")
     gradient_checkpointing: bool = Field(False, description="recompute activations")
-    head_chunk_tokens: int = Field(1024, ge=1, description="tokens of one LM-head chunk")
+    head_chunk_tokens: int = Field(
+        256,
+        ge=1,
+        description="tokens of one LM-head chunk: some four times so many logits are held",
+    )
     checkpoint_every: int = Field(50, ge=1, description="updates between checkpoints")
     drop: tuple[Quality, ...] = Field(
         (), description="completions that are left out, counted; they stay in the cache"

@@ -1,0 +1,361 @@
+"""The learner beside dense losses: tokens a second, memory, gradients, from one run.
+
+    python benchmarks/learner.py --student DIR --teacher DIR --rollouts FILE
+    python benchmarks/learner.py --demo demo
+
+FILE is a rollout shard. With ``--demo`` the models are those of a finished demo, and the rollouts
+are those of its first round. Prompts are cut, from their beginnings, so that ``--supervised`` of
+the tokens that are read are supervised.
+
+Rates count supervised tokens, of forward, backward and one optimizer update over all of them, on
+the same micro-batches but for ``usual``'s: ``bare_body``: the model's body alone, forward and
+backward, without an update; ``dense``: full logits at completion positions, reverse KL to stored
+dense teacher log-probs; ``usual``: the same with the head on every position and padding to the
+longest; ``ours``: this project's, with teacher top-k from a cache, reading and collating included.
+They take turns in one process; medians are told.
+
+Memory is the peak of resident memory above what was there before, in a process of its own that
+computes the loss and its gradient alone, of hidden states [T, D] with random weights [V, D].
+"""
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import pyarrow as pa
+
+from benchmarks.score import Case, of_demo, prepared
+from opdcache.runfolder import RunFolder
+from opdcache.schemas.config import OptimizerConfig, TrainConfig
+from opdcache.schemas.losses import LossConfig
+from opdcache.schemas.rounds import RolloutRound
+from opdcache.score import stage
+from opdcache.store import rollouts as shards
+
+KS = (16, 64)
+WIDTH = 64
+"""D of the memory's measure: what it is small beside, [T, V], does not hang on it."""
+
+
+def cut(table: pa.Table, supervised: float) -> pa.Table:
+    """The rollouts with as many prompt tokens, the last ones, as leave that share supervised."""
+    columns = {name: table.column(name).to_pylist() for name in table.column_names}
+    for row, completion in enumerate(columns["completion_token_ids"]):
+        keep = max(1, round(len(completion) * (1 - supervised) / supervised))
+        columns["prompt_token_ids"][row] = columns["prompt_token_ids"][row][-keep:]
+    return pa.Table.from_pydict(columns, schema=table.schema)
+
+
+@dataclass(frozen=True)
+class Data:
+    """Micro-batches of a scored round, as samples and as token ids.
+
+    Attributes:
+        batches: samples of each micro-batch.
+        whole: token ids of each sample; ``starts``: where its completion begins.
+    """
+
+    samples: Any
+    batches: list[list[int]]
+    whole: list[list[int]]
+    starts: list[int]
+
+    @property
+    def num_tokens(self) -> int:
+        """Supervised tokens."""
+        return sum(len(w) - s for w, s in zip(self.whole, self.starts, strict=True))
+
+
+def scored(home: Path, case: Case, sequences: int, supervised: float, budget: int) -> Data:
+    """The first rollouts as a round that the teacher has scored, in a cache."""
+    from opdcache.train.samples import RoundSamples
+
+    with tempfile.NamedTemporaryFile(suffix=".parquet", dir=home, delete=False) as file:
+        file.write(shards.encode_rollouts(cut(case.table.slice(0, sequences), supervised)))
+    cut_case = Case(case.model, [Path(file.name)], case.dtype, max(KS), case.batch_tokens)
+    context = prepared(home, cut_case)
+    scores = stage.run(context, 0)
+    samples = RoundSamples(context.cache, context.folder.need(RolloutRound, 0), scores, max(KS))
+    table = cut_case.table
+    prompts = table.column("prompt_token_ids").to_pylist()
+    completions = table.column("completion_token_ids").to_pylist()
+    whole = [p + c for p, c in zip(prompts, completions, strict=True)]
+    batches = list(samples.micro_batches(range(len(samples)), budget))
+    return Data(samples, batches, whole, [len(p) for p in prompts])
+
+
+class Dense:
+    """What a script would do in torch: dense logits against stored dense log-probs.
+
+    ``every``: with the head on every position, and every micro-batch padded to the longest of all.
+    """
+
+    def __init__(self, student: Path, teacher: Path, data: Data, dtype: str) -> None:
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        self._torch, self._data = torch, data
+        self.model = AutoModelForCausalLM.from_pretrained(student, dtype=getattr(torch, dtype))
+        self._optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-6, fused=True)
+        self._longest = max(map(len, data.whole))
+        scoring = AutoModelForCausalLM.from_pretrained(teacher, dtype=getattr(torch, dtype))
+        self.teacher_TV: list[Any] = []
+        with torch.no_grad():
+            for rows in data.batches:
+                ids, places = self._batch(rows)
+                states = scoring.model(input_ids=ids, use_cache=False).last_hidden_state[places]
+                self.teacher_TV.append(torch.log_softmax(scoring.lm_head(states).float(), dim=-1))
+
+    def _batch(self, rows: list[int], longest: int = 0) -> tuple[Any, Any]:
+        """Padded ids, and the places whose states predict the completions' tokens."""
+        torch, data = self._torch, self._data
+        width = longest or max(len(data.whole[r]) for r in rows) - 1
+        ids, places = torch.zeros((len(rows), width), dtype=torch.long), []
+        for i, row in enumerate(rows):
+            fed = data.whole[row][:-1]
+            ids[i, : len(fed)] = torch.tensor(fed)
+            places += [(i, t) for t in range(data.starts[row] - 1, len(fed))]
+        rows_T, columns_T = torch.tensor(places).T
+        return ids, (rows_T, columns_T)
+
+    def bare_body(self) -> None:
+        """Forward and backward of the body."""
+        for rows in self._data.batches:
+            ids, places = self._batch(rows)
+            states = self.model.model(input_ids=ids, use_cache=False).last_hidden_state
+            states[places].sum().backward()
+        self._optimizer.zero_grad()
+
+    def gradients(self, *, every: bool = False) -> None:
+        """Forward and backward of the reverse KL, a token-mean over all micro-batches."""
+        torch = self._torch
+        for rows, teacher_TV in zip(self._data.batches, self.teacher_TV, strict=True):
+            ids, places = self._batch(rows, self._longest if every else 0)
+            if every:
+                logits_TV = self.model(input_ids=ids, use_cache=False).logits[places]
+            else:
+                body = self.model.model(input_ids=ids, use_cache=False)
+                logits_TV = self.model.lm_head(body.last_hidden_state[places])
+            log_p = torch.log_softmax(logits_TV.float(), dim=-1)
+            loss = (log_p.exp() * (log_p - teacher_TV)).sum() / self._data.num_tokens
+            loss.backward()
+
+    def step(self, *, every: bool = False) -> None:
+        """One update."""
+        self.gradients(every=every)
+        self._torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+
+
+class Ours:
+    """This project's learner, as its stage drives it."""
+
+    def __init__(self, student: Path, data: Data, dtype: str, chunk: int) -> None:
+        from opdcache.train.learner import Learner
+
+        zero_stage = 0 if dtype == "float32" else 1
+        config = TrainConfig(
+            dtype=dtype,
+            zero_stage=zero_stage,
+            optimizer=OptimizerConfig(lr=1e-6),
+            head_chunk_tokens=chunk,
+        )
+        self._learner, self._data = Learner(student, config, total_updates=1000), data
+        self.waited_s = 0.0
+
+    def gradients(self, k: int) -> None:
+        """Forward and backward of an update."""
+        from opdcache.train.live import ids_to_gather, live, on_support, within_support
+        from opdcache.train.losses import token_losses
+
+        loss, learner, data = LossConfig(k=k), self._learner, self._data
+        data.samples._k = k
+        for rows in data.batches:
+            began = time.perf_counter()
+            micro = data.samples.collate(rows, learner.device)
+            self.waited_s += time.perf_counter() - began
+            ids_TK, within_TK = ids_to_gather(loss, micro), within_support(loss, micro)
+            student = live(loss, micro, learner.view(micro, ids_TK, within_TK, k))
+            losses_T = token_losses(loss, on_support(loss, micro, student))
+            learner.backward(losses_T.sum() / data.num_tokens)
+
+    def step(self, k: int) -> None:
+        """One update."""
+        self.gradients(k)
+        self._learner.step()
+
+    def flat_gradient(self) -> Any:
+        """All gradients in one vector, in the model's order; then none is left."""
+        import torch
+
+        model = self._learner._model
+        grads = [p.grad for p in model.parameters() if p.grad is not None]
+        flat = torch.cat([grad.flatten().float() for grad in grads])
+        for parameter in model.parameters():
+            parameter.grad = None
+        return flat
+
+
+def rates(case: Case, student: Path, asked: argparse.Namespace) -> dict[str, Any]:
+    """Tokens a second of each, and how near the gradients are."""
+    import torch
+
+    with tempfile.TemporaryDirectory() as home:
+        budget = asked.micro_batch_tokens
+        data = scored(Path(home), case, asked.sequences, asked.supervised, budget)
+        dense = Dense(student, case.model, data, case.dtype)
+        ours = Ours(student, data, case.dtype, asked.chunk)
+        dense.gradients()
+        exact = torch.cat([p.grad.flatten().float() for p in dense.model.parameters()])
+        dense._optimizer.zero_grad()
+        cosine = {}
+        for k in KS:
+            ours.gradients(k)
+            found = ours.flat_gradient()
+            cosine[k] = float(torch.nn.functional.cosine_similarity(found, exact, dim=0))
+        turns: dict[str, list[float]] = {}
+        waited: dict[int, float] = dict.fromkeys(KS, 0.0)
+        measures: list[tuple[str, Callable[[], None]]] = [
+            ("bare_body", dense.bare_body),
+            ("dense", dense.step),
+            ("usual", lambda: dense.step(every=True)),
+            *((f"ours_{k}", lambda k=k: ours.step(k)) for k in KS),
+        ]
+        for _ in range(asked.repeats):
+            for name, measure in measures:
+                ours.waited_s, began = 0.0, time.perf_counter()
+                measure()
+                turns.setdefault(name, []).append(time.perf_counter() - began)
+                if name.startswith("ours_"):
+                    waited[int(name.removeprefix("ours_"))] += ours.waited_s
+    found = {name: data.num_tokens / median(of) for name, of in turns.items()}
+    return {
+        "num_tokens": data.num_tokens,
+        "num_read_tokens": sum(map(len, data.whole)) - len(data.whole),
+        **{f"{name}_tokens_per_s": value for name, value in found.items()},
+        "speedup_over_dense": {k: found[f"ours_{k}"] / found["dense"] for k in KS},
+        "speedup_over_usual": {k: found[f"ours_{k}"] / found["usual"] for k in KS},
+        "over_bare_body": {k: found[f"ours_{k}"] / found["bare_body"] for k in KS},
+        "gradient_cosine": cosine,
+        "data_wait_fraction": {k: waited[k] / sum(turns[f"ours_{k}"]) for k in KS},
+    }
+
+
+def memory(what: str, num_tokens: int, vocab_size: int, k: int, chunk: int) -> dict[str, int]:
+    """Peak bytes of one loss and its gradient, above those of its inputs and results."""
+    import torch
+
+    from opdcache.heads import support_view
+
+    made = torch.Generator().manual_seed(0)
+    hidden_TD = torch.randn(num_tokens, WIDTH, generator=made).requires_grad_()
+    weight_VD = torch.randn(vocab_size, WIDTH, generator=made).requires_grad_()
+    ids_TK = torch.randint(vocab_size, (num_tokens, k), generator=made)
+    within_TK = torch.ones_like(ids_TK, dtype=torch.bool)
+    teacher_TV = torch.zeros(num_tokens, vocab_size) if what == "dense" else None
+    # What a backward pass leaves behind, and the results, are there before.
+    hidden_TD.grad, weight_VD.grad = torch.ones_like(hidden_TD), torch.ones_like(weight_VD)
+    held = [torch.ones(num_tokens, k) for _ in range(4)]
+    Path("/proc/self/clear_refs").write_text("5")
+    before = resident("VmRSS")
+    if teacher_TV is not None:
+        log_p = torch.log_softmax(hidden_TD @ weight_VD.T, dim=1)
+        loss = (log_p.exp() * (log_p - teacher_TV)).sum()
+    else:
+        view = support_view(hidden_TD, weight_VD, ids_TK, within_TK=within_TK, chunk_tokens=chunk)
+        loss = view.logprobs_TK.exp().sum() + view.tail_T.sum()
+    loss.backward()  # type: ignore[no-untyped-call]
+    del held
+    return {"peak_bytes": resident("VmHWM") - before}
+
+
+def resident(name: str) -> int:
+    """Resident memory of this process, now (VmRSS) or at its peak (VmHWM), in bytes."""
+    found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found is not None
+    return int(found.group(1)) * 1024
+
+
+def part(*options: object) -> dict[str, Any]:
+    """A part of the benchmark in a process of its own."""
+    command = [sys.executable, "-m", "benchmarks.learner", *map(str, options)]
+    home = Path(__file__).resolve().parents[1]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=home)
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+def memories(chunk: int) -> dict[str, Any]:
+    """Memory of the losses at some sizes."""
+
+    def peak(what: str, num_tokens: int, vocab_size: int, k: int) -> int:
+        at = ("--num-tokens", num_tokens, "--vocab-size", vocab_size, "--k", k, "--chunk", chunk)
+        return int(part("--part", what, *at)["peak_bytes"])
+
+    dense = peak("dense", 4096, 49152, 1)
+    ours = {k: peak("ours", 4096, 49152, k) for k in KS}
+    workspace = {
+        f"T={tokens},V={vocab},k=64": peak("ours", tokens, vocab, 64)
+        for vocab in (49152, 262144)
+        for tokens in (4096, 32768)
+    }
+    return {
+        "dense_loss_bytes": dense,
+        "loss_bytes": ours,
+        "loss_memory_over_dense": {k: ours[k] / dense for k in KS},
+        "workspace_bytes": workspace,
+    }
+
+
+def main() -> None:
+    """Measure, print a line a figure and one JSON object."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--demo", type=Path)
+    parser.add_argument("--student", type=Path)
+    parser.add_argument("--teacher", type=Path)
+    parser.add_argument("--rollouts", type=Path, nargs="+")
+    parser.add_argument("--sequences", type=int, default=24, help="of the first rollouts")
+    parser.add_argument("--supervised", type=float, default=0.6)
+    parser.add_argument("--dtype", help="the demo's, or bfloat16")
+    parser.add_argument("--micro-batch-tokens", type=int, default=1024)
+    parser.add_argument("--chunk", type=int, default=TrainConfig().head_chunk_tokens)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--part", choices=["dense", "ours", "rates"], help=argparse.SUPPRESS)
+    for name in ("--num-tokens", "--vocab-size", "--k", "--batch-tokens"):
+        parser.add_argument(name, type=int, help=argparse.SUPPRESS)
+    asked = parser.parse_args()
+    if asked.part in ("dense", "ours"):
+        size = (asked.num_tokens, asked.vocab_size, asked.k, asked.chunk)
+        print(json.dumps(memory(asked.part, *size)))
+        return
+    if asked.demo is not None:
+        case = of_demo(asked.demo, asked)
+        resolved = RunFolder(asked.demo / "run").resolved()
+        assert resolved is not None
+        student = Path(resolved.config.student.model)
+    elif asked.student is not None and asked.teacher is not None and asked.rollouts:
+        files = [path.resolve() for path in asked.rollouts]
+        case = Case(asked.teacher.resolve(), files, asked.dtype or "bfloat16", max(KS), 2048)
+        student = asked.student.resolve()
+    else:
+        parser.error("give --demo, or --student, --teacher and --rollouts")
+    found = rates(case, student, asked)
+    if asked.part is None:
+        found |= memories(asked.chunk)
+    for name, value in found.items():
+        print(f"{name:28} {value}")
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
