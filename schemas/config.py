@@ -359,11 +359,14 @@ class RunConfig(Model):
         teachers = (self.teacher, *self.teachers.values())
         stored = frozenset.intersection(*map(self.columns_of, teachers))
         missing = (needs.columns | chosen) - stored
+        if "draws" in missing and not self.score.draws:
+            raise ValueError("train.loss: support 'draws' needs score.draws to say how many")
         if missing:
+            names = ", ".join(sorted(missing))
+            place = "train.loss" if missing & needs.columns else "train.tokens.by"
             raise ValueError(
-                f"train.loss: what it or train.tokens looks at needs the score column "
-                f"{', '.join(sorted(missing))}; add it to score.columns, or take a backend that "
-                "gives it"
+                f"{place}: it needs the score column {names}; add it to score.columns, or take a "
+                "backend that gives it"
             )
         if "topk" in needs.columns and self.score.k < loss.k:
             raise ValueError(

@@ -415,6 +415,33 @@ def test_a_url_that_cannot_be_one_is_refused(tmp_path: Path, url: str) -> None:
     assert "teacher.backend.url: it " in said
 
 
+def test_a_loss_on_draws_without_draws_is_told_where_to_ask_for_them(tmp_path: Path) -> None:
+    loss = {"support": "draws", "direction": "forward", "normalisation": "none"}
+
+    said = fault(run_file(tmp_path, {"train.loss": loss}))
+
+    assert "train.loss: support 'draws' needs score.draws to say how many" in said
+
+
+def test_tokens_chosen_by_an_entropy_that_is_not_stored_are_refused(tmp_path: Path) -> None:
+    changes = {"train.tokens": {"fraction": 0.2, "by": "entropy"}, "score.columns": ["topk"]}
+
+    said = fault(run_file(tmp_path, changes))
+
+    assert "train.tokens.by: it needs the score column entropy; add it" in said
+
+
+@pytest.mark.parametrize("support", ["student_topk", "union", "symmetric_difference"])
+def test_a_loss_on_recorded_ids_without_them_is_refused_whatever_else_it_looks_at(
+    tmp_path: Path, support: str
+) -> None:
+    loss = {"support": support, "normalisation": "reference"}
+
+    said = fault(run_file(tmp_path, {"train.loss": loss, "rollout.student_topk": 8}))
+
+    assert "set rollout.student_topk to 16 or more, not 8" in said
+
+
 def test_a_student_topk_loss_without_recorded_top_k_is_refused(tmp_path: Path) -> None:
     said = fault(
         run_file(tmp_path, {"train.loss.support": "student_topk", "rollout.student_topk": 0})
