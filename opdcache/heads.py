@@ -6,6 +6,7 @@ before the next chunk. Log-probs are natural, at temperature 1, over the full vo
 Legend: T tokens, V vocabulary (rows of the head, padding included), D width, K support, S recorded.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -145,30 +146,30 @@ class _SupportView(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         num_tokens = hidden_TD.shape[0]
         logprobs_TK = hidden_TD.new_empty(ids_TK.shape, dtype=torch.float32)
-        lse_T, rest_T, entropy_T, threshold_T = hidden_TD.new_zeros(
+        lse_T, tail_T, entropy_T, threshold_T = hidden_TD.new_zeros(
             (4, num_tokens), dtype=torch.float32
         )
         weight = _matmul_ready(weight_VD)
         for part in _chunks(num_tokens, chunk_tokens):
             logits_CV = _matmul(hidden_TD[part], weight.t())
-            lse_C = torch.logsumexp(logits_CV, dim=1)
-            logprobs_TK[part] = logits_CV.gather(1, ids_TK[part]) - lse_C[:, None]
-            threshold_T[part] = logits_CV.topk(topk, dim=1).values[:, -1] - lse_C
-            entropy_T[part] = _entropy(logits_CV, lse_C)
-            lse_T[part] = lse_C
-            if within_TK is not None:
-                rest_T[part] = _log_mass_without(logits_CV, ids_TK[part], within_TK[part])
-        ctx.save_for_backward(hidden_TD, weight_VD, ids_TK, within_TK, lse_T, rest_T)
+            for block, at in _blocks(logits_CV, part):
+                dense, ids_BK = _Dense.of(logits_CV[block]), ids_TK[at]
+                logprobs_TK[at] = dense.logprobs(dense.shifted_BV.gather(1, ids_BK))
+                threshold_T[at] = dense.logprobs(_topk(dense.shifted_BV, topk)[0])[:, -1]
+                entropy_T[at] = dense.entropy()
+                lse_T[at] = dense.most_B + dense.total_B.log()
+                if within_TK is not None:
+                    tail_T[at] = dense.tail(ids_BK, within_TK[at])
+        ctx.save_for_backward(hidden_TD, weight_VD, ids_TK, within_TK, lse_T, tail_T)
         ctx.chunk_tokens = chunk_tokens
         ctx.mark_non_differentiable(entropy_T, threshold_T)
-        tail_T = rest_T - lse_T if within_TK is not None else rest_T.clone()
         return logprobs_TK, tail_T, entropy_T, threshold_T
 
     @staticmethod
     def backward(
         ctx: Any, grad_TK: Tensor, grad_tail_T: Tensor, *_: Tensor
     ) -> tuple[Tensor | None, ...]:
-        hidden_TD, weight_VD, ids_TK, within_TK, lse_T, rest_T = ctx.saved_tensors
+        hidden_TD, weight_VD, ids_TK, within_TK, lse_T, tail_T = ctx.saved_tensors
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         weight = _matmul_ready(weight_VD)
         grad_hidden_TD = torch.empty_like(hidden_TD) if needs_hidden else None
@@ -177,12 +178,15 @@ class _SupportView(torch.autograd.Function):
         if within_TK is not None:
             total_T = total_T + grad_tail_T
         for part in _chunks(hidden_TD.shape[0], ctx.chunk_tokens):
-            logits_CV = _matmul(hidden_TD[part], weight.t())
-            grad_CV = (logits_CV - lse_T[part, None]).exp_().mul_(-total_T[part, None])
-            grad_CV.scatter_add_(1, ids_TK[part], grad_TK[part])
-            if within_TK is not None:
-                outside_CV = _probs_without(logits_CV, rest_T[part], ids_TK[part], within_TK[part])
-                grad_CV.addcmul_(outside_CV, grad_tail_T[part, None])
+            grad_CV = _matmul(hidden_TD[part], weight.t())
+            for block, at in _blocks(grad_CV, part):
+                logits_BV, ids_BK = grad_CV[block], ids_TK[at]
+                if within_TK is None:
+                    _scaled_probs(logits_BV, lse_T[at], -total_T[at])
+                else:
+                    tail = ids_BK, within_TK[at], tail_T[at], grad_tail_T[at]
+                    _scaled_probs_and_outside(logits_BV, lse_T[at], -total_T[at], *tail)
+                logits_BV.scatter_add_(1, ids_BK, grad_TK[at])
             if grad_hidden_TD is not None:
                 grad_hidden_TD[part] = _matmul(grad_CV, weight).to(hidden_TD.dtype)
             if grad_weight_VD is not None:
@@ -226,10 +230,10 @@ def teacher_statistics(
     rows = []
     for part in _chunks(hidden_TD.shape[0], chunk_tokens):
         logits_CV = _matmul(hidden_TD[part], weight.t())
-        for block in _chunks(len(logits_CV), _block_tokens(logits_CV)):
+        for block, at in _blocks(logits_CV, part):
             dense = _Dense.of(logits_CV[block])
-            sampled_B, gather_BS = sampled_T[part][block], gather_TS[part][block]
-            uniforms_BN = None if uniforms_TN is None else uniforms_TN[part][block]
+            sampled_B, gather_BS = sampled_T[at], gather_TS[at]
+            uniforms_BN = None if uniforms_TN is None else uniforms_TN[at]
             rows.append(_statistics(dense, sampled_B, gather_BS, uniforms_BN, k, mass, num_ids))
     return TeacherStats(*(torch.cat(column) for column in zip(*rows, strict=True)))
 
@@ -239,11 +243,13 @@ class _Dense:
     """Whole distributions of some tokens, relative to each one's likeliest entry.
 
     Attributes:
-        shifted_BV: logits less their maximum; at most 0.
+        most_B: the likeliest entry's logit.
+        shifted_BV: logits less that; at most 0.
         weights_BV: their exponentials, in (0, 1].
         total_B: the sum of those; at least 1.
     """
 
+    most_B: Tensor
     shifted_BV: Tensor
     weights_BV: Tensor
     total_B: Tensor
@@ -251,9 +257,10 @@ class _Dense:
     @classmethod
     def of(cls, logits_BV: Tensor) -> "_Dense":
         """Takes the logits' place in memory."""
-        shifted_BV = logits_BV.sub_(logits_BV.amax(dim=1, keepdim=True))
+        most_B = logits_BV.amax(dim=1)
+        shifted_BV = logits_BV.sub_(most_B[:, None])
         weights_BV = shifted_BV.exp()
-        return cls(shifted_BV, weights_BV, weights_BV.sum(dim=1))
+        return cls(most_B, shifted_BV, weights_BV, weights_BV.sum(dim=1))
 
     def logprobs(self, shifted_BK: Tensor) -> Tensor:
         """Log-probs of some entries' shifted logits."""
@@ -368,11 +375,15 @@ def split_head(model: nn.Module, where: Path) -> tuple[nn.Module, nn.Linear]:
     return body, head
 
 
-def _block_tokens(logits_CV: Tensor) -> int:
-    """Tokens whose statistics are taken at once: on a CPU, as many as stay in its caches."""
-    if logits_CV.device.type != "cpu":
-        return max(1, len(logits_CV))
-    return max(1, _CACHED_ENTRIES // logits_CV.shape[1])
+def _blocks(logits_CV: Tensor, part: slice) -> Iterator[tuple[slice, slice]]:
+    """Tokens of a chunk that are looked at together: on a CPU, as many as stay in its caches.
+
+    Gives where they are in the chunk, and on the token axis of which the chunk is a part.
+    """
+    on_cpu = logits_CV.device.type == "cpu"
+    size = max(1, _CACHED_ENTRIES // logits_CV.shape[1] if on_cpu else len(logits_CV))
+    for block in _chunks(len(logits_CV), size):
+        yield block, slice(part.start + block.start, part.start + block.stop)
 
 
 def _topk(values_BV: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -441,18 +452,43 @@ def _log_mass_without(logits_CV: Tensor, ids_CK: Tensor, within_CK: Tensor) -> T
     return rest_C
 
 
-def _probs_without(logits_CV: Tensor, rest_C: Tensor, ids_CK: Tensor, within_CK: Tensor) -> Tensor:
-    """Probabilities renormalised outside the ids within, in the place of the logits."""
-    nothing_C = rest_C.masked_fill(rest_C.isinf(), torch.inf)
-    probs_CV = logits_CV.sub_(nothing_C[:, None]).exp_()
-    inside_CK = probs_CV.gather(1, ids_CK).masked_fill(within_CK, 0)
-    return probs_CV.scatter_reduce_(1, ids_CK, inside_CK, "amin")
+def _scaled_probs(logits_BV: Tensor, log_total_B: Tensor, scale_B: Tensor) -> Tensor:
+    """``scale * exp(logits - log_total)``, in the place of the logits; 0 of a total of nothing."""
+    some_B = log_total_B.masked_fill(log_total_B.isneginf(), torch.inf)
+    return logits_BV.sub_(some_B[:, None]).exp_().mul_(scale_B[:, None])
 
 
-def _entropy(logits_CV: Tensor, lse_C: Tensor) -> Tensor:
-    """Entropy in nats, ``-sum(p log p)``: ``logsumexp(z) - sum(p z)`` cancels at large logits."""
-    logprobs_CV = logits_CV - lse_C[:, None]
-    return -logprobs_CV.exp().mul_(logprobs_CV).sum(dim=1)
+def _scaled_probs_and_outside(
+    logits_BV: Tensor,
+    lse_B: Tensor,
+    scale_B: Tensor,
+    ids_BK: Tensor,
+    within_BK: Tensor,
+    tail_B: Tensor,
+    grad_tail_B: Tensor,
+) -> None:
+    """``scale * p + grad_tail * p'`` in the place of the logits; p' is p renormalised outside the
+    ids within, whose log-mass is ``tail``.
+
+    As p' is p times ``exp(-tail)``, one exponential serves both, but where the tail is so small
+    that float32 has lost bits of p.
+    """
+    tiny = (tail_B < math.log(_TINY)).nonzero()[:, 0]
+    rest_B, small_BV = (tail_B + lse_B)[tiny], logits_BV[tiny]
+    probs_BV = _scaled_probs(logits_BV, lse_B, torch.ones_like(lse_B))
+    outside_BV = _outside(probs_BV.clone(), ids_BK, within_BK)
+    ratio_B = (-tail_B).exp().index_fill(0, tiny, 0)
+    probs_BV.mul_(scale_B[:, None]).addcmul_(outside_BV, (grad_tail_B * ratio_B)[:, None])
+    if len(tiny):
+        small_BV = _scaled_probs(small_BV, rest_B, torch.ones_like(rest_B))
+        small_BV = _outside(small_BV, ids_BK[tiny], within_BK[tiny])
+        probs_BV[tiny] += small_BV * grad_tail_B[tiny, None]
+
+
+def _outside(probs_BV: Tensor, ids_BK: Tensor, within_BK: Tensor) -> Tensor:
+    """Probabilities, in their place, with 0 at the ids within."""
+    inside_BK = probs_BV.gather(1, ids_BK).masked_fill(within_BK, 0)
+    return probs_BV.scatter_reduce_(1, ids_BK, inside_BK, "amin")
 
 
 def _chunks(num_tokens: int, chunk_tokens: int) -> Iterator[slice]:
