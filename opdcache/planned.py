@@ -141,6 +141,7 @@ class Rounds:
 
     def __init__(self, looked: Look, found: Evidence) -> None:
         self._context, self._tokenizer = looked.context, looked.tokenizer
+        self._is_blind = looked.is_blind
         config, folder = self._context.config, self._context.folder
         every = sorted({step.round for step in steps(config)})
         self._current = next((i for i in every if not self._is_sampled(i)), every[-1] + 1)
@@ -223,7 +224,7 @@ class Rounds:
         """Bytes of a model's score sets that serve rollout shards, by the rollouts' key; of several
         models the mean, where all have scored the shard."""
         made = [as_listed(manifest, cached=True) for manifest in rollouts]
-        if not made:
+        if not made or self._is_blind:
             return {}
         from .score.stage import plan_shards  # imports torch
 

@@ -100,9 +100,12 @@ class RunPrompts:
         return [p for p in self._source.prompts if split_point(p) < share] if share else []
 
     def _check_tasks(self) -> None:
-        tasks = {prompt.task for prompt in self._source.prompts}
-        shares, teachers = self._config.prompts.shares, self._config.teachers
-        for where, named in (("prompts.shares", set(shares)), ("teachers", set(teachers))):
+        trained = {prompt.task for prompt in self._source.prompts}
+        every = trained | {prompt.task for prompt in self.held_out.prompts}
+        for where, named, tasks in (
+            ("prompts.shares", self._config.prompts.shares.keys(), trained),
+            ("teachers", self._config.teachers.keys(), every),
+        ):
             unknown = sorted(named - tasks)
             if unknown:
                 raise PromptError(

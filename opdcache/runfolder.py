@@ -286,7 +286,8 @@ def open_run(
                 got=(found or "nothing")[:12],
                 remedy="restore it, or give the run another output folder",
             )
-    resolved = began.model_copy(update={"config": config})
+    update = {"config": config, "vocab_size": now.vocab_size, "shared_ids": now.shared_ids}
+    resolved = began.model_copy(update=update)  # of the same models, whoever wrote the file
     cache = Cache(config.cache) if writes else Cache.there(config.cache)
     return RunContext(resolved, folder, cache, progress, worker)
 

@@ -46,5 +46,5 @@ def refuse_unserved(context: RunContext, rollouts: RolloutRound) -> None:
 
 
 def _refusal(loss: LossConfig, why: str, where: str = "train.loss", **details: str) -> LossError:
-    remedy = "take support 'teacher_topk' or 'overlap', which any rollouts serve"
+    remedy = "take support 'teacher_topk', 'overlap' or 'draws', which any rollouts serve"
     return LossError(f"support {loss.support!r} {why}", where=where, remedy=remedy, **details)

@@ -6,7 +6,7 @@ from pydantic import Field, JsonValue, model_validator
 
 from .base import Model
 from .columns import Compression, ScoreColumn
-from .losses import LossConfig, TokensConfig, cell, refusal
+from .losses import LossConfig, TokensConfig, cell, is_divergence, refusal
 from .manifests import Quality, Sampling
 from .teachers import STUDENT, Dtype, HttpBackend, ModelRef, TeacherConfig
 
@@ -355,6 +355,11 @@ class RunConfig(Model):
                 f"train.loss: support {loss.support!r} with k = {loss.k} needs rollouts that "
                 f"record it; set rollout.student_topk to {loss.k} or more, not "
                 f"{self.rollout.student_topk}"
+            )
+        if tokens.fraction < 1 and tokens.by == "divergence" and not is_divergence(loss):
+            raise ValueError(
+                "train.tokens.by: the value of this loss is no divergence, so its largest tokens "
+                "are not those that differ most; choose by 'entropy'"
             )
         teachers = (self.teacher, *self.teachers.values())
         stored = frozenset.intersection(*map(self.columns_of, teachers))

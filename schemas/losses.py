@@ -75,17 +75,20 @@ class LossConfig(Model):
     forward_above: float | None = Field(
         None,
         ge=0,
+        allow_inf_nan=False,
         description="of reverse KL: the forward KL is added at tokens whose teacher entropy, in "
         "nats, is above this",
     )
     clamp: float | None = Field(
         None,
         gt=0,
+        allow_inf_nan=False,
         description="of policy gradients: log q - log p is clamped to plus or minus this, in nats",
     )
     importance_cap: float | None = Field(
         None,
         gt=0,
+        allow_inf_nan=False,
         description="of the sampled support: every token counts min(p live / p sampling, this)",
     )
 
@@ -99,7 +102,10 @@ class TokensConfig(Model):
         "round, the last of which stands for later rounds; empty: all",
     )
     half_life: float | None = Field(
-        None, gt=0, description="tokens after which a token's weight is halved; none: all count 1"
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="tokens after which a token's weight is halved; none: all count 1",
     )
     skip_special: bool = Field(
         False, description="the tokenizer's special tokens, EOS among them, are not supervised"
@@ -113,8 +119,8 @@ class TokensConfig(Model):
     )
     by: Literal["divergence", "entropy"] = Field(
         "divergence",
-        description="divergence: the loss of the live student; entropy: the teacher's, which must "
-        "be stored",
+        description="divergence: the loss of the live student, where it is a divergence; entropy: "
+        "the teacher's, which must be stored",
     )
     mean: Literal["tokens", "sequences"] = Field(
         "tokens",
@@ -226,6 +232,12 @@ def refusal(loss: LossConfig) -> str | None:
         if getattr(loss, name) != default and not belongs(loss):
             return f"{name} belongs to {where}"
     return None
+
+
+def is_divergence(loss: LossConfig) -> bool:
+    """Whether the loss of a token says how far the two sides are: a policy gradient's value, or a
+    cross-entropy, does not."""
+    return loss.normalisation not in ("none", "reference") and not loss.stop_gradient
 
 
 def cell(loss: LossConfig) -> LossCell:

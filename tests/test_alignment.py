@@ -14,10 +14,12 @@ from numpy.typing import NDArray
 from opdcache.errors import InvalidShard
 from opdcache.evaluate import _compare
 from opdcache.schemas.columns import ScoreColumn
+from opdcache.schemas.losses import TokensConfig
 from opdcache.score.teacher import Ask, Sequences, in_order
 from opdcache.score.transformers_scorer import TransformersScorer
 from opdcache.store.cache import Cache, as_listed, rollout_commit
 from opdcache.store.scores import Draws, Scores, StudentTopK, TopK
+from opdcache.train.live import loss_weights
 from opdcache.train.samples import MicroBatch, RoundSamples
 from opdcache.train.weights import TokenRule
 
@@ -506,12 +508,44 @@ def test_weights_are_those_of_the_places_in_the_completion(tmp_path: Path) -> No
     assert samples.weight([0, 1, 2]) == pytest.approx(sum(expected))
 
 
+MANY_MASKS = ([True] * 5, [False, True], [False], [])
+
+
 def test_by_sequences_every_completion_weighs_the_same(tmp_path: Path) -> None:
-    masks = ([True] * 5, [False, True], [False], [])
-    samples = masked_samples(tmp_path, masks, per_sequence=True)
-    weights = samples.collate([0, 1], CPU).weights_T.tolist()
+    samples = masked_samples(tmp_path, MANY_MASKS, per_sequence=True)
+    batch = samples.collate([0, 1], CPU)
+    config = TokensConfig(mean="sequences")
+    weights = loss_weights(config, batch, torch.zeros(6)).tolist()
     assert weights == pytest.approx([0.2] * 5 + [1.0])
-    assert samples.weight(range(4)) == pytest.approx(2)
+    assert samples.weight(range(4)) == 2
+
+
+@pytest.mark.parametrize("mean", ["tokens", "sequences"])
+def test_tokens_of_the_largest_entropy_are_chosen_and_counted(tmp_path: Path, mean: Any) -> None:
+    """The hand-made entropy of a token is its place: the last ones are chosen."""
+    rule = {"fraction": 0.3, "per_sequence": mean == "sequences"}
+    samples = masked_samples(tmp_path, MANY_MASKS, **rule)
+    batch = samples.collate([0, 1], CPU)
+    config = TokensConfig(fraction=0.3, by="entropy", mean=mean)
+    weights = loss_weights(config, batch, -batch.columns_T.float()).tolist()
+    share = 0.5 if mean == "sequences" else 1.0
+    assert weights == pytest.approx([0, 0, 0, share, share, 1])
+    assert samples.weight(range(4)) == pytest.approx(sum(weights))
+
+
+def test_far_down_a_completion_a_short_half_life_still_weighs_it_as_one(tmp_path: Path) -> None:
+    masks = ([False] * 4 + [True] * 2,)
+    samples = masked_samples(tmp_path, masks, half_life=0.001, per_sequence=True)
+    batch = samples.collate([0], CPU)
+    weights = loss_weights(TokensConfig(mean="sequences"), batch, torch.zeros(2)).tolist()
+    assert weights == [1, 0]
+
+
+def test_a_sample_that_stands_twice_in_an_update_is_trained_twice(tmp_path: Path) -> None:
+    samples = masked_samples(tmp_path, MANY_MASKS)
+    micro = [i for batch in samples.micro_batches([1, 0, 1, 2], 1000) for i in batch]
+    assert sorted(micro) == [0, 1, 1]
+    assert samples.num_tokens([1, 0, 1, 2]) == 7
 
 
 def test_an_evaluation_leaves_masked_tokens_out(tiny_student: Path, tiny_teacher: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 from opdcache.cli.main import cli
 from opdcache.schemas.columns import ROLLOUT_COLUMNS, SCORE_ARRAYS
 from opdcache.schemas.config import RunConfig
-from opdcache.schemas.losses import CELLS
+from opdcache.schemas.losses import CELLS, LossConfig, TokensConfig
 
 ROOT = Path(__file__).parent.parent
 
@@ -48,6 +48,7 @@ def test_every_part_of_a_run_file_is_in_the_docs() -> None:
 
 def test_every_choice_of_a_loss_is_in_the_docs() -> None:
     choices = {choice for cell in CELLS for choice in cell}
+    choices |= LossConfig.model_fields.keys() | TokensConfig.model_fields.keys()
     assert {c for c in choices if f"`{c}`" not in text("docs/running.md")} == set()
 
 

@@ -431,6 +431,31 @@ def test_tokens_chosen_by_an_entropy_that_is_not_stored_are_refused(tmp_path: Pa
     assert "train.tokens.by: it needs the score column entropy; add it" in said
 
 
+@pytest.mark.parametrize(
+    "loss",
+    [
+        {"support": "sampled", "normalisation": "none"},
+        {"normalisation": "reference"},
+        {"normalisation": "truncated", "stop_gradient": True},
+    ],
+)
+def test_tokens_are_not_chosen_by_a_loss_that_is_no_divergence(
+    tmp_path: Path, loss: dict[str, Any]
+) -> None:
+    changes = {"train.loss": loss, "train.tokens": {"fraction": 0.2}}
+
+    assert "train.tokens.by: the value of this loss is no" in fault(run_file(tmp_path, changes))
+    changes["train.tokens"]["by"] = "entropy"
+    assert load(tmp_path, changes).train.tokens.fraction == 0.2
+
+
+@pytest.mark.parametrize("place", ["loss.importance_cap", "loss.clamp", "tokens.half_life"])
+def test_an_option_that_json_cannot_hold_is_refused(tmp_path: Path, place: str) -> None:
+    said = fault(run_file(tmp_path, {f"train.{place}": float("inf")}))
+
+    assert place.rpartition(".")[2] in said
+
+
 @pytest.mark.parametrize("support", ["student_topk", "union", "symmetric_difference"])
 def test_a_loss_on_recorded_ids_without_them_is_refused_whatever_else_it_looks_at(
     tmp_path: Path, support: str

@@ -61,6 +61,18 @@ def test_more_rounds_may_be_asked_of_a_run_under_way(base: dict[str, object]) ->
     assert opened(base | {"rounds": 5}).config.rounds == 5
 
 
+def test_a_run_that_an_earlier_version_began_knows_which_ids_its_models_share(
+    base: dict[str, object],
+) -> None:
+    resolved = Path(str(base["output"])) / "resolved.json"
+    now = opened(base).resolved
+    stored = json.loads(resolved.read_text())
+    del stored["shared_ids"]
+    resolved.write_text(json.dumps(stored))
+    assert opened(base).resolved == now
+    assert now.shared_ids_of("any task") == now.shared_ids["teacher"] > 0
+
+
 def test_a_key_that_is_taken_out_of_the_run_file_is_noticed(base: dict[str, object]) -> None:
     opened(base)
     with pytest.raises(RunChanged, match=r"rollout\.engine\.max_model_len changed"):

@@ -1,14 +1,19 @@
 """Which tokens count in the loss: the rule of a round, and what is chosen live."""
 
 import math
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from opdcache.resolve import special_ids
 from opdcache.schemas.losses import TokensConfig
 from opdcache.train.weights import TokenRule, largest
+
+from .conftest import EOS_ID
 
 
 @pytest.mark.parametrize(("round_index", "limit"), [(0, 10), (1, 20), (2, 40), (7, 40)])
@@ -27,9 +32,28 @@ def test_special_ids_are_left_out_when_asked() -> None:
     assert TokenRule.of(TokensConfig(skip_special=True), 0, (1, 2)).left_out == (1, 2)
 
 
+def test_the_fraction_is_taken_in_double_precision() -> None:
+    values, rows = torch.arange(50.0), torch.zeros(50, dtype=torch.long)
+    assert int(largest(values, rows, 0.3).sum()) == math.ceil(50 * 0.3) == 15
+
+
+@pytest.mark.parametrize("num_tokens", [0, 1, 3, 100])
+def test_the_total_is_what_will_be_chosen(num_tokens: int) -> None:
+    places = np.arange(num_tokens)
+    assert TokenRule(fraction=0.1).total(places) == math.ceil(num_tokens * 0.1)
+    assert TokenRule(fraction=0.1, per_sequence=True).total(places) == min(num_tokens, 1)
+    decayed = sum(0.5 ** (t / 7) for t in range(num_tokens))
+    assert TokenRule(fraction=0.1, half_life=7).total(places) == pytest.approx(0.1 * decayed)
+
+
+def test_the_special_ids_of_a_tokenizer_are_those_that_it_marks(tiny_student: Path) -> None:
+    assert EOS_ID in special_ids(tiny_student)
+    assert 97 not in special_ids(tiny_student)
+
+
 @given(
-    st.lists(st.lists(st.integers(-3, 3), max_size=9), min_size=1, max_size=5),
-    st.floats(0.01, 1.0),
+    st.lists(st.lists(st.integers(-3, 3), max_size=60), min_size=1, max_size=5),
+    st.sampled_from([0.1, 0.2, 0.3, 0.6, 0.7, 0.9, 1.0]) | st.floats(0.01, 1.0),
 )
 def test_the_largest_of_every_sequence_are_chosen_and_the_earlier_of_equal_ones(
     sequences: list[list[int]], fraction: float

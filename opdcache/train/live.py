@@ -147,10 +147,17 @@ def _sides(loss: LossConfig, batch: MicroBatch, student: Live) -> tuple[Tensor, 
 
 @torch.no_grad()
 def loss_weights(tokens: TokensConfig, batch: MicroBatch, losses_T: Tensor) -> Tensor:
-    """How much each token counts, [T]: its weight, or 0 where it is not among those chosen."""
-    values_T = losses_T if tokens.by == "divergence" else batch.teacher_entropy_T
-    assert values_T is not None
-    return batch.weights_T * largest(values_T, batch.rows_T, tokens.fraction)
+    """How much each token counts, [T]: its weight, or 0 where it is not among those chosen; of
+    means over sequences, as a share of its completion's."""
+    weights_T = batch.weights_T
+    if tokens.fraction < 1:
+        values_T = losses_T if tokens.by == "divergence" else batch.teacher_entropy_T
+        assert values_T is not None
+        weights_T = weights_T * largest(values_T, batch.rows_T, tokens.fraction)
+    if tokens.mean == "sequences":
+        sums_B = weights_T.new_zeros(len(batch.input_ids_BL)).index_add(0, batch.rows_T, weights_T)
+        weights_T = weights_T / sums_B.clamp(min=torch.finfo(sums_B.dtype).tiny)[batch.rows_T]
+    return weights_T
 
 
 @torch.no_grad()

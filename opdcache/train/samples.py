@@ -55,7 +55,7 @@ class MicroBatch:
     Attributes:
         input_ids_BL: int64, padded on the right; what comes after all that predicts a
             supervised token is not fed.
-        weights_T: float32, how much each counts in the loss.
+        weights_T: float32, how much each counts in the loss before any is chosen.
         sampled_T: int64, the supervised tokens.
         sampling_T: float32, log-prob under the distribution sampled from; None where an import
             had none.
@@ -125,7 +125,7 @@ class RoundSamples:
     def micro_batches(self, samples: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
         """Samples with tokens to supervise, grouped by length under a budget of padded tokens."""
         lengths = {i: self._length(i) for i in samples}
-        order = sorted((i for i in lengths if self._num_tokens(i)), key=lambda i: (-lengths[i], i))
+        order = sorted((i for i in samples if self._num_tokens(i)), key=lambda i: (-lengths[i], i))
         while order:
             size = max(1, max_tokens // lengths[order[0]])
             yield order[:size]
@@ -136,8 +136,8 @@ class RoundSamples:
         return sum(self._num_tokens(i) for i in samples)
 
     def weight(self, samples: Sequence[int]) -> float:
-        """Sum of the weights of the samples' supervised tokens."""
-        return float(sum(self._piece(i).weights.sum(dtype=np.float64) for i in samples))
+        """What the loss of the samples is to be divided by; see ``TokenRule.total``."""
+        return sum(self._rule.total(self._piece(i).within) for i in samples)
 
     def why_dropped(self, sample: int) -> str | None:
         """Why a sample cannot be trained on; None when it can."""

@@ -218,9 +218,10 @@ class _Training:
             self._stop_agreed = self._any_rank_stops()
         else:
             sums = self._accumulate(batch)
+            objective = sums.pop("objective")
             lr = self.learner.lr
             norm = self.learner.step()
-            values = {**means(sums), "grad_norm": norm, "lr": lr}
+            values = {**means(sums), "objective": objective, "grad_norm": norm, "lr": lr}
             values["num_tokens"] = num_tokens
             values["tokens_per_s"] = num_tokens / (time.monotonic() - began)
             if log is not None:
@@ -237,11 +238,16 @@ class _Training:
     def _accumulate(self, batch: Sequence[int]) -> dict[str, float]:
         """Gradients of an update's batch; metric sums over all ranks.
 
-        The loss is divided by the weight of all its tokens, or by the share of it that is to be
-        chosen: known before any forward, and the same on every rank.
+        The loss is divided by the weight of all its tokens: known before any forward, and the same
+        on every rank.
         """
-        tokens = self._train.tokens
-        whole = self._samples.weight(batch) * tokens.fraction
+        tokens, whole = self._train.tokens, self._samples.weight(batch)
+        if whole == 0:
+            raise ConfigError(
+                "train.tokens.half_life leaves no weight on any token of an update",
+                where=f"round {self._round} update {self._position.next_update}",
+                remedy="raise it",
+            )
         totals: dict[str, torch.Tensor] = {}
         for samples, weight in self._shares(batch):
             micro = self._samples.collate(samples, self.learner.device)
@@ -250,12 +256,13 @@ class _Training:
             student = live(self._loss, micro, view)
             losses_T = token_losses(self._loss, on_support(self._loss, micro, student))
             weights_T = loss_weights(tokens, micro, losses_T)
-            self.learner.backward((losses_T * weights_T).sum() * (weight / whole))
-            for name, value in metric_sums(self._loss, micro, student, losses_T).items():
+            objective = (losses_T * weights_T).sum() / whole
+            self.learner.backward(objective * weight)
+            sums = metric_sums(self._loss, micro, student, losses_T)
+            for name, value in {**sums, "objective": objective.detach().double()}.items():
                 totals[name] = totals.get(name, 0) + weight * value
         self._stop_agreed = self._any_rank_stops()
         summed = self.learner.sum(torch.stack([v.double() for v in totals.values()]))
-        sums = dict(zip(totals, summed.tolist(), strict=True))
         if not torch.isfinite(summed).all():
             raise EngineError(
                 "the loss or a statistic is not finite",
@@ -263,7 +270,7 @@ class _Training:
                 f"{self._samples.where(batch[0])} and the {len(batch) - 1} samples after it",
                 remedy="lower the learning rate, or look at that shard",
             )
-        return sums
+        return dict(zip(totals, summed.tolist(), strict=True))
 
     def _any_rank_stops(self) -> bool:
         """Ranks stop after the same update, whichever of them was asked to."""

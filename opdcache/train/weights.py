@@ -3,6 +3,7 @@
 Legend: T tokens.
 """
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,12 +22,14 @@ class TokenRule:
         limit: tokens of a completion, from its first, that may be supervised.
         left_out: ids that are not.
         half_life: tokens after which the weight is halved.
+        fraction: share of a completion's tokens that will be chosen live, one at least.
         per_sequence: whether every completion counts alike, whatever its length.
     """
 
     limit: int | None = None
     left_out: tuple[int, ...] = ()
     half_life: float | None = None
+    fraction: float = 1.0
     per_sequence: bool = False
 
     @classmethod
@@ -39,6 +42,7 @@ class TokenRule:
             limit=limits[min(round_index, len(limits) - 1)] if limits else None,
             left_out=special_ids if config.skip_special else (),
             half_life=config.half_life,
+            fraction=config.fraction,
             per_sequence=config.mean == "sequences",
         )
 
@@ -54,13 +58,28 @@ class TokenRule:
         return np.flatnonzero(kept_T[: self.limit])
 
     def weights(self, places: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Weights of these places of one completion, float32; those that do not decay are 1."""
-        weights = np.ones(len(places), np.float64)
-        if self.half_life is not None:
-            weights = 0.5 ** (places / self.half_life)
-        if self.per_sequence and len(places):
-            weights = weights / weights.sum()
+        """Weights of these places of one completion before any is chosen, float32.
+
+        They decay with depth; where every completion counts alike, from its first place on, since
+        only their ratios count.
+        """
+        if self.half_life is None:
+            return np.ones(len(places), np.float32)
+        depths = places - places[:1].sum() if self.per_sequence else places
+        weights: NDArray[np.float64] = 0.5 ** (depths / self.half_life)
         return weights.astype(np.float32)
+
+    def total(self, places: NDArray[np.int64]) -> float:
+        """What these places add to the weight that an update's loss is divided by.
+
+        It is known before any forward. Of decaying weights, of which live losses choose some, it is
+        the share that is to be chosen of them all.
+        """
+        if self.per_sequence:
+            return float(len(places) > 0)
+        if self.half_life is None:
+            return float(math.ceil(len(places) * self.fraction))
+        return float(self.weights(places).sum(dtype=np.float64) * self.fraction)
 
 
 def largest(values_T: Tensor, rows_T: Tensor, fraction: float) -> Tensor:
@@ -76,7 +95,7 @@ def largest(values_T: Tensor, rows_T: Tensor, fraction: float) -> Tensor:
     counts_R = torch.bincount(rows_T)
     starts_R = counts_R.cumsum(0) - counts_R
     rank_T = torch.arange(len(values_T), device=values_T.device) - starts_R[rows_T[by_row_T]]
-    most_R = torch.ceil(counts_R * fraction).long()
+    most_R = torch.ceil(counts_R.double() * fraction).long()
     chosen_T = torch.zeros_like(values_T, dtype=torch.bool)
     chosen_T[by_row_T] = rank_T < most_R[rows_T[by_row_T]]
     return chosen_T
