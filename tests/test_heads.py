@@ -233,6 +233,25 @@ def test_the_students_tail_and_its_gradients_are_those_of_a_dense_computation(
         assert largest_error(mine.grad, theirs.grad) <= 2e-5
 
 
+@pytest.mark.parametrize("drop", [10.0, 60.0, 72.0, 90.0, 200.0])
+def test_the_gradient_of_a_tail_is_right_however_small_it_is(drop: float) -> None:
+    """Beside ordinary tokens, in one chunk: of mass that float32 holds, loses bits of, or not."""
+    logits = torch.linspace(-2, 0, VOCAB).repeat(3, 1)
+    logits[1, 2:] -= drop
+    ids = torch.tensor([[0, 1]] * 3)
+    hidden = logits.requires_grad_()
+    view = support_view(hidden, torch.eye(VOCAB), ids, within_TK=torch.ones_like(ids).bool())
+    view.tail_T.sum().backward()
+    exact = logits.detach().double().requires_grad_()
+    tail_T = torch.log_softmax(exact, dim=1)[:, 2:].logsumexp(dim=1)
+    tail_T.sum().backward()
+    assert hidden.grad is not None
+    assert exact.grad is not None
+    assert largest_error(view.tail_T, tail_T) <= 1e-4
+    assert largest_error(hidden.grad, exact.grad) <= 1e-5
+    assert float(exact.grad[1, 2:].sum()) == pytest.approx(1, abs=1e-2)
+
+
 def test_a_tiny_tail_of_the_student_keeps_its_relative_precision() -> None:
     hidden, weight = peaked()
     ids = torch.tensor([[60, 40]]).expand(24, 2)

@@ -41,6 +41,7 @@ KL_KEYS = [key for key in DIVERGENCE_KEYS if key[1] != "jsd"]
 WHOLE_KEYS = [key for key in DIVERGENCE_KEYS if key[2] != "truncated"]
 TAIL_KEYS = [key for key in CELL_KEYS if key[2] == "tail"]
 ALL_SUPPORTS = ("teacher_topk", "student_topk", "overlap", "union")
+CAP = 0.3
 OPTIONS: list[tuple[Callable[[tuple[str, str, str]], bool], dict[str, Any]]] = [
     (lambda key: key[1] == "jsd", {"beta": 0.0}),
     (lambda key: key[1] == "jsd", {"beta": 0.1}),
@@ -51,7 +52,7 @@ OPTIONS: list[tuple[Callable[[tuple[str, str, str]], bool], dict[str, Any]]] = [
     (lambda key: key[1:] == ("reverse", "tail"), {"forward_above": 1.8}),
     (lambda key: key[1:] == ("reverse", "renormalised"), {"forward_above": 1.8}),
     (lambda key: key[0] == "sampled", {"clamp": 0.3}),
-    (lambda key: key[0] == "sampled", {"importance_cap": 1.2}),
+    (lambda key: key[0] == "sampled", {"importance_cap": CAP}),
 ]
 """What every option belongs to, and values of it."""
 
@@ -515,6 +516,14 @@ def test_the_stop_gradient_identity_holds_against_finite_differences(
     assert float((ours(loss, given)[1].double() * along_TD).sum()) == pytest.approx(
         by_values, abs=1e-4
     )
+
+
+def test_the_cap_of_the_importance_weights_binds_at_some_tokens_and_not_at_others() -> None:
+    given = problem()
+    assert given.batch.sampling_T is not None
+    log_p = torch.log_softmax(given.hidden_TD @ given.weight_VD.T, dim=1)
+    ratios = (log_p[torch.arange(T), given.batch.sampled_T] - given.batch.sampling_T).exp()
+    assert 3 <= int((ratios > CAP).sum()) <= T - 3
 
 
 def test_the_gate_opens_at_some_tokens_and_not_at_others() -> None:
