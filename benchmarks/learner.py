@@ -33,6 +33,8 @@ from typing import Any
 
 import pyarrow as pa
 
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # it may be run as a script
+
 from benchmarks.score import Case, of_demo, prepared
 from opdcache.runfolder import RunFolder
 from opdcache.schemas.config import OptimizerConfig, TrainConfig
@@ -288,9 +290,8 @@ def resident(name: str) -> int:
 
 def part(*options: object) -> dict[str, Any]:
     """A part of the benchmark in a process of its own."""
-    command = [sys.executable, "-m", "benchmarks.learner", *map(str, options)]
-    home = Path(__file__).resolve().parents[1]
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=home)
+    command = [sys.executable, __file__, *map(str, options)]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return result
 
