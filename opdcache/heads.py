@@ -182,10 +182,10 @@ class _SupportView(torch.autograd.Function):
             for block, at in _blocks(grad_CV, part):
                 logits_BV, ids_BK = grad_CV[block], ids_TK[at]
                 if within_TK is None:
-                    _scaled_probs(logits_BV, lse_T[at], -total_T[at])
+                    _probs(logits_BV, lse_T[at]).mul_(-total_T[at, None])
                 else:
                     tail = ids_BK, within_TK[at], tail_T[at], grad_tail_T[at]
-                    _scaled_probs_and_outside(logits_BV, lse_T[at], -total_T[at], *tail)
+                    _probs_and_outside(logits_BV, lse_T[at], -total_T[at], *tail)
                 logits_BV.scatter_add_(1, ids_BK, grad_TK[at])
             if grad_hidden_TD is not None:
                 grad_hidden_TD[part] = _matmul(grad_CV, weight).to(hidden_TD.dtype)
@@ -452,13 +452,13 @@ def _log_mass_without(logits_CV: Tensor, ids_CK: Tensor, within_CK: Tensor) -> T
     return rest_C
 
 
-def _scaled_probs(logits_BV: Tensor, log_total_B: Tensor, scale_B: Tensor) -> Tensor:
-    """``scale * exp(logits - log_total)``, in the place of the logits; 0 of a total of nothing."""
+def _probs(logits_BV: Tensor, log_total_B: Tensor) -> Tensor:
+    """``exp(logits - log_total)``, in the place of the logits; 0 of a total of nothing."""
     some_B = log_total_B.masked_fill(log_total_B.isneginf(), torch.inf)
-    return logits_BV.sub_(some_B[:, None]).exp_().mul_(scale_B[:, None])
+    return logits_BV.sub_(some_B[:, None]).exp_()
 
 
-def _scaled_probs_and_outside(
+def _probs_and_outside(
     logits_BV: Tensor,
     lse_B: Tensor,
     scale_B: Tensor,
@@ -475,13 +475,12 @@ def _scaled_probs_and_outside(
     """
     tiny = (tail_B < math.log(_TINY)).nonzero()[:, 0]
     rest_B, small_BV = (tail_B + lse_B)[tiny], logits_BV[tiny]
-    probs_BV = _scaled_probs(logits_BV, lse_B, torch.ones_like(lse_B))
+    probs_BV = _probs(logits_BV, lse_B)
     outside_BV = _outside(probs_BV.clone(), ids_BK, within_BK)
     ratio_B = (-tail_B).exp().index_fill(0, tiny, 0)
     probs_BV.mul_(scale_B[:, None]).addcmul_(outside_BV, (grad_tail_B * ratio_B)[:, None])
     if len(tiny):
-        small_BV = _scaled_probs(small_BV, rest_B, torch.ones_like(rest_B))
-        small_BV = _outside(small_BV, ids_BK[tiny], within_BK[tiny])
+        small_BV = _outside(_probs(small_BV, rest_B), ids_BK[tiny], within_BK[tiny])
         probs_BV[tiny] += small_BV * grad_tail_B[tiny, None]
 
 
