@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from opdcache.heads import teacher_statistics
+from opdcache.score.statistics import teacher_statistics
 from opdcache.store.encoding import encode_scores
 from opdcache.store.files import InMemory
 from opdcache.store.scores import Draws, Scores, TopK, open_scores

@@ -13,8 +13,8 @@ from opdcache.heads import (
     split_head,
     support_logprobs,
     support_view,
-    teacher_statistics,
 )
+from opdcache.score.statistics import teacher_statistics
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -18,7 +18,6 @@ import zarr
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
-from opdcache import heads
 from opdcache.errors import (
     ConfigError,
     EngineError,
@@ -33,7 +32,7 @@ from opdcache.schemas.config import RunConfig
 from opdcache.schemas.losses import CELLS, LossConfig, refusal
 from opdcache.schemas.rounds import RolloutRound
 from opdcache.schemas.teachers import TeacherConfig
-from opdcache.score import vllm_scorer
+from opdcache.score import statistics, vllm_scorer
 from opdcache.score.http_scorer import _columns
 from opdcache.score.rendering import Rendering
 from opdcache.score.stage import plan_shards
@@ -690,7 +689,7 @@ def test_trap_7_a_log_softmax_in_bfloat16_would_not_pass_for_ours() -> None:
     hidden = torch.randn(50, 32, generator=made).bfloat16()
     weight = torch.randn(1000, 32, generator=made).bfloat16()
     gather = torch.randint(1000, (50, 3), generator=made)
-    stats = heads.teacher_statistics(hidden, weight, gather[:, 0], gather, k=16, mass=1.0)
+    stats = statistics.teacher_statistics(hidden, weight, gather[:, 0], gather, k=16, mass=1.0)
     exact = torch.log_softmax(hidden.double() @ weight.double().T, dim=1)
     coarse = torch.log_softmax(hidden @ weight.T, dim=1)
     tolerance = 1e-5

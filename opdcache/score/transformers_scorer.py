@@ -9,10 +9,11 @@ from numpy.typing import NDArray
 from pydantic import JsonValue
 from torch import Tensor
 
-from ..heads import TeacherStats, split_head, teacher_statistics
+from ..heads import split_head
 from ..models import default_device, load_model
 from ..store.scores import Draws, Scores, StudentTopK, TopK
 from .forwards import Forwards
+from .statistics import TeacherStats, teacher_statistics
 from .teacher import Ask, Batch, Sequences
 
 
