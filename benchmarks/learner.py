@@ -38,7 +38,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))  # it may be run as a 
 from benchmarks.score import Case, of_demo, prepared
 from opdcache.runfolder import RunFolder
 from opdcache.schemas.config import OptimizerConfig, TrainConfig
-from opdcache.schemas.losses import LossConfig
+from opdcache.schemas.losses import LossConfig, TokensConfig
 from opdcache.schemas.rounds import RolloutRound
 from opdcache.score import stage
 from opdcache.store import rollouts as shards
@@ -177,8 +177,7 @@ class Ours:
 
     def gradients(self, k: int) -> None:
         """Forward and backward of an update."""
-        from opdcache.train.live import ids_to_gather, live, on_support, within_support
-        from opdcache.train.losses import token_losses
+        from opdcache.train.objective import Objective
 
         loss, learner, data = LossConfig(k=k), self._learner, self._data
         data.samples._k = k
@@ -186,10 +185,8 @@ class Ours:
             began = time.perf_counter()
             micro = data.samples.collate(rows, learner.device)
             self.waited_s += time.perf_counter() - began
-            ids_TK, within_TK = ids_to_gather(loss, micro), within_support(loss, micro)
-            student = live(loss, micro, learner.view(micro, ids_TK, within_TK, k))
-            losses_T = token_losses(loss, on_support(loss, micro, student))
-            learner.backward(losses_T.sum() / data.num_tokens)
+            objective = Objective(loss, TokensConfig(), micro, data.num_tokens)
+            learner.backward(learner.loss(objective))
 
     def step(self, k: int) -> None:
         """One update."""

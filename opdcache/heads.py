@@ -7,6 +7,7 @@ Legend: T tokens, V vocabulary (rows of the head, padding included), D width, K 
 """
 
 import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,17 @@ import torch
 from torch import Tensor, nn
 
 from .errors import ModelError
-from .logits import CHUNK_TOKENS, TINY, Dense, blocks, chunks, likeliest, matmul, matmul_ready
+from .logits import (
+    CHUNK_TOKENS,
+    TINY,
+    Dense,
+    add_matmul,
+    blocks,
+    chunks,
+    likeliest,
+    matmul,
+    matmul_ready,
+)
 
 Side = tuple[Tensor, Tensor]
 """A model's distributions: hidden states [T, D], and the weight of its head [V, D]."""
@@ -98,6 +109,44 @@ def support_view(
     )
 
 
+def support_loss(
+    hidden_TD: Tensor,
+    weight_VD: Tensor,
+    ids_TK: Tensor,
+    loss_of: Callable[[StudentView, slice], Tensor],
+    *,
+    within_TK: Tensor | None = None,
+    topk: int = 1,
+    chunk_tokens: int = CHUNK_TOKENS,
+) -> Tensor:
+    """A loss that is a sum over tokens, differentiable: its gradient is made in the same pass.
+
+    That takes three products with the head where ``support_view`` and its backward take four, and
+    one exponential a logit.
+
+    Args:
+        loss_of: the loss of a chunk, a scalar, from the view of its tokens and their place on the
+            token axis; it is called once a chunk, in order.
+        within_TK, topk, chunk_tokens: see ``support_view``.
+
+    Returns:
+        float32 scalar, the chunks' losses added up.
+    """
+    topk = min(topk, weight_VD.shape[0])
+    place = ids_TK, within_TK, topk, chunk_tokens
+    return _SupportLoss.apply(hidden_TD, weight_VD, *place, loss_of)  # type: ignore[no-untyped-call,no-any-return]
+
+
+def support_logits(
+    hidden_TD: Tensor, weight_VD: Tensor, ids_TK: Tensor, *, chunk_tokens: int = CHUNK_TOKENS
+) -> Tensor:
+    """Logits of the ids in each token's support, float32 [T, K], differentiable.
+
+    No other logit is made: all that a loss needs that is renormalised on the support.
+    """
+    return _SupportLogits.apply(hidden_TD, weight_VD, ids_TK, chunk_tokens)  # type: ignore[no-untyped-call,no-any-return]
+
+
 class _SupportView(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -108,57 +157,209 @@ class _SupportView(torch.autograd.Function):
         within_TK: Tensor | None,
         topk: int,
         chunk_tokens: int,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        num_tokens = hidden_TD.shape[0]
-        logprobs_TK = hidden_TD.new_empty(ids_TK.shape, dtype=torch.float32)
-        lse_T, tail_T, entropy_T, threshold_T = hidden_TD.new_zeros(
-            (4, num_tokens), dtype=torch.float32
-        )
-        weight = matmul_ready(weight_VD)
-        for part in chunks(num_tokens, chunk_tokens):
-            logits_CV = matmul(hidden_TD[part], weight.t())
-            for block, at in blocks(logits_CV, part):
-                dense, ids_BK = Dense.of(logits_CV[block]), ids_TK[at]
-                logprobs_TK[at] = dense.logprobs(dense.shifted_BV.gather(1, ids_BK))
-                threshold_T[at] = dense.logprobs(likeliest(dense.shifted_BV, topk)[0])[:, -1]
-                entropy_T[at] = dense.entropy()
-                lse_T[at] = dense.most_B + dense.total_B.log()
-                if within_TK is not None:
-                    tail_T[at] = dense.tail(ids_BK, within_TK[at])
-        ctx.save_for_backward(hidden_TD, weight_VD, ids_TK, within_TK, lse_T, tail_T)
+    ) -> tuple[Tensor, ...]:
+        place = ids_TK, within_TK, topk, chunk_tokens
+        rows = [chunk.columns for _, chunk in _chunked(hidden_TD, weight_VD, *place)]
+        columns = tuple(torch.cat(column) for column in zip(*rows, strict=True))
+        ctx.save_for_backward(hidden_TD, weight_VD, ids_TK, within_TK)
         ctx.chunk_tokens = chunk_tokens
-        ctx.mark_non_differentiable(entropy_T, threshold_T)
-        return logprobs_TK, tail_T, entropy_T, threshold_T
+        ctx.mark_non_differentiable(*columns[2:])
+        return columns
 
     @staticmethod
     def backward(
         ctx: Any, grad_TK: Tensor, grad_tail_T: Tensor, *_: Tensor
     ) -> tuple[Tensor | None, ...]:
-        hidden_TD, weight_VD, ids_TK, within_TK, lse_T, tail_T = ctx.saved_tensors
-        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
-        weight = matmul_ready(weight_VD)
-        grad_hidden_TD = torch.empty_like(hidden_TD) if needs_hidden else None
-        grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if needs_weight else None
-        total_T = grad_TK.sum(dim=1)
-        if within_TK is not None:
-            total_T = total_T + grad_tail_T
-        for part in chunks(hidden_TD.shape[0], ctx.chunk_tokens):
-            grad_CV = matmul(hidden_TD[part], weight.t())
-            for block, at in blocks(grad_CV, part):
-                logits_BV, ids_BK = grad_CV[block], ids_TK[at]
-                if within_TK is None:
-                    _probs(logits_BV, lse_T[at]).mul_(-total_T[at, None])
-                else:
-                    tail = ids_BK, within_TK[at], tail_T[at], grad_tail_T[at]
-                    _probs_and_outside(logits_BV, lse_T[at], -total_T[at], *tail)
-                logits_BV.scatter_add_(1, ids_BK, grad_TK[at])
-            if grad_hidden_TD is not None:
-                grad_hidden_TD[part] = matmul(grad_CV, weight).to(hidden_TD.dtype)
-            if grad_weight_VD is not None:
-                grad_weight_VD += matmul(grad_CV.t(), hidden_TD[part])
-        if grad_weight_VD is not None:
-            grad_weight_VD = grad_weight_VD.to(weight_VD.dtype)
-        return grad_hidden_TD, grad_weight_VD, None, None, None, None
+        hidden_TD, weight_VD, ids_TK, within_TK = ctx.saved_tensors
+        made = _Gradients(hidden_TD, weight_VD, ctx.needs_input_grad)
+        place = ids_TK, within_TK, 1, ctx.chunk_tokens
+        for part, chunk in _chunked(hidden_TD, weight_VD, *place):
+            made.add(part, chunk.gradient(grad_TK[part], grad_tail_T[part]))
+        return *made.done(), None, None, None, None
+
+
+class _SupportLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_TD: Tensor,
+        weight_VD: Tensor,
+        ids_TK: Tensor,
+        within_TK: Tensor | None,
+        topk: int,
+        chunk_tokens: int,
+        loss_of: Callable[[StudentView, slice], Tensor],
+    ) -> Tensor:
+        made = _Gradients(hidden_TD, weight_VD, ctx.needs_input_grad)
+        total = hidden_TD.new_zeros((), dtype=torch.float32)
+        place = ids_TK, within_TK, topk, chunk_tokens
+        for part, chunk in _chunked(hidden_TD, weight_VD, *place):
+            logprobs_CK, tail_C, *rest = chunk.columns
+            leaves = logprobs_CK.requires_grad_(), tail_C.requires_grad_()
+            with torch.enable_grad():
+                loss = loss_of(StudentView(*leaves, *rest), part)
+                pulls = torch.autograd.grad(loss, leaves, materialize_grads=True)
+            total += loss.detach()
+            made.add(part, chunk.gradient(*pulls))
+        ctx.made = made.done()
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
+        # One on a CPU most often, where going over [V, D] once more is not for nothing.
+        is_one = scale.device.type == "cpu" and float(scale) == 1
+        made = [None if g is None else g if is_one else g * scale.to(g.dtype) for g in ctx.made]
+        return *made, None, None, None, None, None
+
+
+class _SupportLogits(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_TD: Tensor, weight_VD: Tensor, ids_TK: Tensor, chunk_tokens: int
+    ) -> Tensor:
+        logits_TK = hidden_TD.new_empty(ids_TK.shape, dtype=torch.float32)
+        for part in chunks(len(hidden_TD), chunk_tokens):
+            rows_CKD = weight_VD[ids_TK[part]].float()
+            logits_TK[part] = torch.bmm(rows_CKD, hidden_TD[part, :, None].float())[:, :, 0]
+        ctx.save_for_backward(hidden_TD, weight_VD, ids_TK)
+        ctx.chunk_tokens = chunk_tokens
+        return logits_TK
+
+    @staticmethod
+    def backward(ctx: Any, grad_TK: Tensor) -> tuple[Tensor | None, ...]:
+        hidden_TD, weight_VD, ids_TK = ctx.saved_tensors
+        made = _Gradients(hidden_TD, weight_VD, ctx.needs_input_grad)
+        for part in chunks(len(hidden_TD), ctx.chunk_tokens):
+            made.add_rows(part, ids_TK[part], grad_TK[part])
+        return *made.done(), None, None
+
+
+def _chunked(
+    hidden_TD: Tensor,
+    weight_VD: Tensor,
+    ids_TK: Tensor,
+    within_TK: Tensor | None,
+    topk: int,
+    chunk_tokens: int,
+) -> Iterator[tuple[slice, "_Chunk"]]:
+    """The distributions of all tokens, a chunk at a time; one must be let go before the next."""
+    weight = matmul_ready(weight_VD)
+    for part in chunks(len(hidden_TD), chunk_tokens):
+        within_CK = None if within_TK is None else within_TK[part]
+        yield part, _Chunk(matmul(hidden_TD[part], weight.t()), ids_TK[part], within_CK, topk)
+
+
+class _Chunk:
+    """The distributions of some tokens: looked at, then turned into a gradient where they stand.
+
+    Attributes:
+        columns: the fields of ``StudentView``.
+    """
+
+    def __init__(
+        self, logits_CV: Tensor, ids_CK: Tensor, within_CK: Tensor | None, topk: int
+    ) -> None:
+        self._memory_CV, self._ids_CK, self._within_CK = logits_CV, ids_CK, within_CK
+        self._small: dict[int, tuple[Tensor, Tensor]] = {}
+        rows = [self._look(block, topk) for block in blocks(logits_CV)]
+        *self.columns, self._total_C = (torch.cat(column) for column in zip(*rows, strict=True))
+        self._tail_C = self.columns[1]
+
+    def _look(self, block: slice, topk: int) -> tuple[Tensor, ...]:
+        """The view of a block, and its sums of exponentials, which take the logits' place."""
+        dense, ids_BK = Dense.of(self._memory_CV[block]), self._ids_CK[block]
+        tail_B = torch.zeros_like(dense.total_B)
+        if self._within_CK is not None:
+            tail_B = dense.tail(ids_BK, self._within_CK[block])
+            tiny = (tail_B < math.log(TINY)).nonzero()[:, 0]
+            self._small[block.start] = tiny, dense.shifted_BV[tiny]
+        logprobs_BK = dense.logprobs(dense.shifted_BV.gather(1, ids_BK))
+        threshold_B = dense.logprobs(likeliest(dense.shifted_BV, topk)[0])[:, -1]
+        entropy_B = dense.entropy()
+        self._memory_CV[block] = dense.weights_BV
+        return logprobs_BK, tail_B, entropy_B, threshold_B, dense.total_B
+
+    def gradient(self, pull_CK: Tensor, pull_tail_C: Tensor) -> Tensor:
+        """Gradient with respect to the logits, [C, V], of a loss whose gradients with respect to
+        log-probs and tail are these: ``scatter(pull) - p sum(pull)``, and of the tail ``p' - p``,
+        where p' is p renormalised outside the ids within."""
+        for block in blocks(self._memory_CV):
+            pull_BK, total_B = pull_CK[block], self._total_C[block]
+            if self._within_CK is None:
+                self._memory_CV[block].mul_((-pull_BK.sum(dim=1) / total_B)[:, None])
+            else:
+                self._pull_tail(block, pull_BK.sum(dim=1), pull_tail_C[block])
+            self._memory_CV[block].scatter_add_(1, self._ids_CK[block], pull_BK)
+        return self._memory_CV
+
+    def _pull_tail(self, block: slice, pull_B: Tensor, pull_tail_B: Tensor) -> None:
+        """``pull_tail (p' - p) - pull p`` in the place of a block's exponentials.
+
+        As p' is p times ``exp(-tail)``, they serve both, but where the tail is so small that
+        float32 has lost bits of them.
+        """
+        assert self._within_CK is not None
+        weights_BV, ids_BK = self._memory_CV[block], self._ids_CK[block]
+        tail_B, total_B = self._tail_C[block].detach(), self._total_C[block]
+        tiny, small_RV = self._small[block.start]
+        inside_B = (-(pull_B + pull_tail_B) / total_B)[:, None]
+        outside_B = (
+            inside_B + (pull_tail_B * (-tail_B).exp() / total_B).index_fill(0, tiny, 0)[:, None]
+        )
+        held_BK, is_inside_BK = _inside(weights_BV, ids_BK, self._within_CK[block])
+        weights_BV.mul_(outside_B)
+        weights_BV.scatter_(1, ids_BK, held_BK * torch.where(is_inside_BK, inside_B, outside_B))
+        if len(tiny):
+            rest_R = (tail_B + total_B.log())[tiny]
+            small_RV.sub_(rest_R.masked_fill(rest_R.isneginf(), torch.inf)[:, None]).exp_()
+            held_RK, is_inside_RK = _inside(small_RV, ids_BK[tiny], self._within_CK[block][tiny])
+            small_RV.scatter_(1, ids_BK[tiny], held_RK.masked_fill(is_inside_RK, 0))
+            weights_BV[tiny] += small_RV * pull_tail_B[tiny, None]
+
+
+def _inside(weights_BV: Tensor, ids_BK: Tensor, within_BK: Tensor) -> tuple[Tensor, Tensor]:
+    """The entries' weights, at least 0, and which of them have an id that is within, there or at
+    another entry of the same token; the weights are as before when it returns."""
+    held_BK = weights_BV.gather(1, ids_BK)
+    weights_BV.scatter_reduce_(1, ids_BK, held_BK.masked_fill(within_BK, -1), "amin")
+    inside_BK = weights_BV.gather(1, ids_BK) < 0
+    weights_BV.scatter_(1, ids_BK, held_BK)
+    return held_BK, inside_BK
+
+
+class _Gradients:
+    """What a loss's gradient with respect to logits makes of those it came from: hidden states and
+    head, whichever are needed, in float32 until all chunks are added."""
+
+    def __init__(self, hidden_TD: Tensor, weight_VD: Tensor, needed: Sequence[bool]) -> None:
+        self._hidden_TD, self._weight_VD = hidden_TD, weight_VD
+        self._ready_VD = matmul_ready(weight_VD)
+        self._to_hidden_TD = torch.zeros_like(hidden_TD) if needed[0] else None
+        self._to_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if needed[1] else None
+
+    def add(self, part: slice, grad_CV: Tensor) -> None:
+        """Of a chunk's logits."""
+        if self._to_hidden_TD is not None:
+            self._to_hidden_TD[part] = matmul(grad_CV, self._ready_VD).to(self._hidden_TD.dtype)
+        if self._to_weight_VD is not None:
+            add_matmul(self._to_weight_VD, grad_CV.t(), self._hidden_TD[part])
+
+    def add_rows(self, part: slice, ids_CK: Tensor, grad_CK: Tensor) -> None:
+        """Of a chunk's logits of these ids alone."""
+        if self._to_hidden_TD is not None:
+            rows_CKD = self._weight_VD[ids_CK].float()
+            found_CD = torch.bmm(grad_CK[:, None], rows_CKD)[:, 0]
+            self._to_hidden_TD[part] = found_CD.to(self._hidden_TD.dtype)
+        if self._to_weight_VD is not None:
+            outer_CKD = grad_CK[:, :, None] * self._hidden_TD[part, None].float()
+            self._to_weight_VD.index_add_(0, ids_CK.flatten(), outer_CKD.flatten(0, 1))
+
+    def done(self) -> tuple[Tensor | None, Tensor | None]:
+        """Both, in the dtype of what they are gradients of."""
+        to_weight_VD = self._to_weight_VD
+        if to_weight_VD is not None:
+            to_weight_VD = to_weight_VD.to(self._weight_VD.dtype)
+        return self._to_hidden_TD, to_weight_VD
 
 
 @torch.no_grad()
@@ -214,41 +415,3 @@ def split_head(model: nn.Module, where: Path) -> tuple[nn.Module, nn.Linear]:
             remedy="models with a logit soft cap or scale are not supported",
         )
     return body, head
-
-
-def _probs(logits_BV: Tensor, log_total_B: Tensor) -> Tensor:
-    """``exp(logits - log_total)``, in the place of the logits; 0 of a total of nothing."""
-    some_B = log_total_B.masked_fill(log_total_B.isneginf(), torch.inf)
-    return logits_BV.sub_(some_B[:, None]).exp_()
-
-
-def _probs_and_outside(
-    logits_BV: Tensor,
-    lse_B: Tensor,
-    scale_B: Tensor,
-    ids_BK: Tensor,
-    within_BK: Tensor,
-    tail_B: Tensor,
-    grad_tail_B: Tensor,
-) -> None:
-    """``scale * p + grad_tail * p'`` in the place of the logits; p' is p renormalised outside the
-    ids within, whose log-mass is ``tail``.
-
-    As p' is p times ``exp(-tail)``, one exponential serves both, but where the tail is so small
-    that float32 has lost bits of p.
-    """
-    tiny = (tail_B < math.log(TINY)).nonzero()[:, 0]
-    rest_B, small_BV = (tail_B + lse_B)[tiny], logits_BV[tiny]
-    probs_BV = _probs(logits_BV, lse_B)
-    outside_BV = _outside(probs_BV.clone(), ids_BK, within_BK)
-    ratio_B = (-tail_B).exp().index_fill(0, tiny, 0)
-    probs_BV.mul_(scale_B[:, None]).addcmul_(outside_BV, (grad_tail_B * ratio_B)[:, None])
-    if len(tiny):
-        small_BV = _outside(_probs(small_BV, rest_B), ids_BK[tiny], within_BK[tiny])
-        probs_BV[tiny] += small_BV * grad_tail_B[tiny, None]
-
-
-def _outside(probs_BV: Tensor, ids_BK: Tensor, within_BK: Tensor) -> Tensor:
-    """Probabilities, in their place, with 0 at the ids within."""
-    inside_BK = probs_BV.gather(1, ids_BK).masked_fill(within_BK, 0)
-    return probs_BV.scatter_reduce_(1, ids_BK, inside_BK, "amin")

@@ -75,15 +75,11 @@ def chunks(num_tokens: int, chunk_tokens: int) -> Iterator[slice]:
         yield slice(start, min(start + chunk_tokens, num_tokens))
 
 
-def blocks(logits_CV: Tensor, part: slice) -> Iterator[tuple[slice, slice]]:
-    """Tokens of a chunk that are looked at together: on a CPU, as many as stay in its caches.
-
-    Gives where they are in the chunk, and on the token axis of which the chunk is a part.
-    """
+def blocks(logits_CV: Tensor) -> Iterator[slice]:
+    """Tokens of a chunk that are looked at together: on a CPU, as many as stay in its caches."""
     on_cpu = logits_CV.device.type == "cpu"
     size = max(1, _CACHED_ENTRIES // logits_CV.shape[1] if on_cpu else len(logits_CV))
-    for block in chunks(len(logits_CV), size):
-        yield block, slice(part.start + block.start, part.start + block.stop)
+    return chunks(len(logits_CV), size)
 
 
 def likeliest(values_BV: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -132,3 +128,11 @@ def matmul(left: Tensor, right: Tensor) -> Tensor:
     if right.dtype == torch.float32 or left.device.type == "cpu":
         return left.float() @ right.float()
     return torch.mm(left.to(right.dtype), right, out_dtype=torch.float32)
+
+
+def add_matmul(sum_NM: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add a product to a float32 sum, in its place."""
+    if left.device.type == "cpu":
+        sum_NM.addmm_(left.float(), right.float())
+    else:
+        sum_NM += matmul(left, right)

@@ -222,6 +222,12 @@ class TrainConfig(Model):
         ge=1,
         description="tokens of one LM-head chunk: some four times so many logits are held",
     )
+    measure_every: int = Field(
+        16,
+        ge=1,
+        description="of losses that are renormalised on a stored support, whose gradient needs no "
+        "whole distributions: one token of so many is looked at whole, for the metrics",
+    )
     checkpoint_every: int = Field(50, ge=1, description="updates between checkpoints")
     drop: tuple[Quality, ...] = Field(
         (), description="completions that are left out, counted; they stay in the cache"

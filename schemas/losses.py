@@ -240,6 +240,12 @@ def is_divergence(loss: LossConfig) -> bool:
     return loss.normalisation not in ("none", "reference") and not loss.stop_gradient
 
 
+def is_local(loss: LossConfig) -> bool:
+    """Whether the loss needs the student's logits on the support alone: what they are normalised
+    by cancels, and which ids are in the support is stored."""
+    return loss.normalisation == "renormalised" and loss.support != "overlap"
+
+
 def cell(loss: LossConfig) -> LossCell:
     """The registry's entry for an allowed loss, with the columns that its options need too."""
     entry = CELLS[loss.support, loss.direction, loss.normalisation]

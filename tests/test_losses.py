@@ -17,9 +17,12 @@ from opdcache.schemas.losses import (
     LossConfig,
     Normalisation,
     Support,
+    TokensConfig,
     cell,
+    is_local,
     refusal,
 )
+from opdcache.train.learner import SupportHead
 from opdcache.train.live import (
     Live,
     ids_to_gather,
@@ -30,6 +33,7 @@ from opdcache.train.live import (
     within_support,
 )
 from opdcache.train.losses import token_losses
+from opdcache.train.objective import Objective
 from opdcache.train.samples import MicroBatch
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -330,6 +334,87 @@ def test_loss_and_gradient_are_those_of_a_dense_computation(loss: LossConfig) ->
     assert float(exact[0].abs().max()) > 1e-2
     assert float(exact[1].abs().max()) > 1e-2
     assert_close(ours(loss, given), exact)
+
+
+def learnt(
+    given: Problem, loss: LossConfig, tokens: TokensConfig, **options: Any
+) -> tuple[Objective, Tensor, tuple[Tensor, Tensor]]:
+    """What the learner's head makes of a micro-batch: the objective, and the gradients with respect
+    to hidden states and head."""
+    head = SupportHead(given.weight_VD.clone().requires_grad_(), chunk_tokens=4)
+    hidden = given.hidden_TD.clone().requires_grad_()
+    objective = Objective(loss, tokens, given.batch, **options)
+    value = head(hidden, objective)
+    (2 * value).backward()
+    assert hidden.grad is not None
+    assert head.weight.grad is not None
+    return objective, value.detach(), (hidden.grad / 2, head.weight.grad / 2)
+
+
+def weighted_oracle(
+    loss: LossConfig, given: Problem, weights: Tensor
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """The weighted sum of the tokens' losses, and its gradients, from dense float64 logits."""
+    hidden, weight = (x.double().requires_grad_() for x in (given.hidden_TD, given.weight_VD))
+    log_p, of_token = torch.log_softmax(hidden @ weight.T, dim=1), oracle_of(loss, given.batch)
+    rows = [w * of_token(t, log_p[t], given.teacher_TV[t]) for t, w in enumerate(weights.tolist())]
+    total = sum(rows[1:], rows[0])
+    total.backward()
+    assert hidden.grad is not None
+    assert weight.grad is not None
+    return total.detach(), (hidden.grad, weight.grad)
+
+
+@pytest.mark.parametrize("loss", LOSSES, ids=named)
+def test_the_learners_objective_and_gradients_are_those_of_a_dense_computation(
+    loss: LossConfig,
+) -> None:
+    given = problem(seed=3)
+    weights = torch.linspace(0.5, 2, T)
+    given = replace(given, batch=replace(given.batch, weights_T=weights))
+    value, gradients = weighted_oracle(loss, given, weights.double() / 7)
+    objective, mine, ours_ = learnt(given, loss, TokensConfig(), whole=7.0)
+    assert_close((mine, *ours_), (value, *gradients))
+    assert float(objective.sums["objective"]) == pytest.approx(float(value), abs=1e-5)
+    losses = oracle(loss, given)[0]
+    assert float(objective.sums["loss"]) == pytest.approx(float(losses.sum()), abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    "key", [key for key in DIVERGENCE_KEYS if key[2] != "truncated"], ids="-".join
+)
+def test_the_tokens_that_differ_most_are_chosen_live(
+    key: tuple[Support, Direction, Normalisation],
+) -> None:
+    given, loss = problem(seed=6), config(key)
+    losses = oracle(loss, given)[0]
+    chosen = torch.zeros(T, dtype=torch.float64)
+    chosen[losses.argsort(descending=True)[: math.ceil(0.4 * T)]] = 1 / 5
+    _, mine, ours_ = learnt(given, loss, TokensConfig(fraction=0.4), whole=5.0)
+    value, gradients = weighted_oracle(loss, given, chosen)
+    assert_close((mine, *ours_), (value, *gradients))
+
+
+@pytest.mark.parametrize(("every", "few"), [(1, list(range(T))), (3, [0, 3, 6, 9, 12]), (100, [6])])
+def test_a_local_loss_is_of_all_tokens_and_its_metrics_of_one_of_so_many(
+    every: int, few: list[int]
+) -> None:
+    given, loss = problem(seed=4), config(("teacher_topk", "reverse", "renormalised"))
+    assert is_local(loss)
+    objective, *_ = learnt(given, loss, TokensConfig(), whole=1.0, measure_every=every)
+    mine = means({name: float(value) for name, value in objective.sums.items()})
+    per_token = [brute_force_metrics(loss, cut(given, t)) for t in few]
+    for name in ("student_entropy", "overlap", "reverse_kl_tail"):
+        assert mine[name] == pytest.approx(sum(m[name] for m in per_token) / len(few), abs=1e-5)
+    assert mine["loss"] == pytest.approx(float(oracle(loss, given)[0].mean()), abs=1e-5)
+
+
+def cut(given: Problem, t: int) -> Problem:
+    """The problem of one token."""
+    one = slice(t, t + 1)
+    return Problem(
+        given.hidden_TD[one], given.weight_VD, given.teacher_TV[one], given.batch.cut(one)
+    )
 
 
 @pytest.mark.parametrize("loss", WITH_OPTIONS, ids=named)
@@ -689,7 +774,7 @@ def brute_force_metrics(loss: LossConfig, given: Problem) -> dict[str, float]:
     def note(name: str, value: float) -> None:
         found.setdefault(name, []).append(value)
 
-    for t in range(T):
+    for t in range(len(log_q)):
         p, q = log_p[t].exp().tolist(), log_q[t].exp().tolist()
         kept = log_q[t].sort(descending=True).indices[: int(batch.kept_TK[t].sum())].tolist()
         own = log_p[t].sort(descending=True).indices[: loss.k].tolist()
@@ -707,15 +792,20 @@ def brute_force_metrics(loss: LossConfig, given: Problem) -> dict[str, float]:
         note("reverse_kl_tail", float(tail_oracle(kept, log_p[t], log_q[t])))
         note("weights", p[int(batch.sampled_T[t])] / math.exp(float(batch.sampling_T[t])))
     weights = found.pop("weights")
-    made = {name: sum(values) / T for name, values in found.items()}
+    made = {name: sum(values) / len(log_q) for name, values in found.items()}
     made["loss"] = float(oracle(loss, given)[0].mean())
-    made["ess"] = sum(weights) ** 2 / (T * sum(w * w for w in weights))
+    made["ess"] = sum(weights) ** 2 / (len(log_q) * sum(w * w for w in weights))
     return made
+
+
+def counted(sums: dict[str, Tensor], losses_T: Tensor) -> dict[str, Tensor]:
+    """Sums of metrics, and those of all tokens."""
+    return sums | {"loss": losses_T.sum(), "num_tokens": torch.tensor(float(len(losses_T)))}
 
 
 def reported(loss: LossConfig, given: Problem) -> dict[str, float]:
     student, losses = student_view(loss, given.batch, given.hidden_TD, given.weight_VD)
-    sums = metric_sums(loss, given.batch, student, losses)
+    sums = counted(metric_sums(given.batch, student), losses)
     assert float(sums["num_tokens"]) == len(given.hidden_TD)
     return means({name: float(value) for name, value in sums.items()})
 
@@ -770,14 +860,9 @@ def test_sums_of_two_micro_batches_make_the_means_of_all_their_tokens() -> None:
     few = 3
 
     def part(tokens: slice) -> dict[str, Tensor]:
-        fields = {
-            name: value if value is None or name == "input_ids_BL" else value[tokens]
-            for name in MicroBatch.__slots__
-            for value in [getattr(given.batch, name)]
-        }
-        batch = MicroBatch(**fields)
+        batch = given.batch.cut(tokens)
         student, losses = student_view(loss, batch, given.hidden_TD[tokens], given.weight_VD)
-        return metric_sums(loss, batch, student, losses)
+        return counted(metric_sums(batch, student), losses)
 
     first, second = part(slice(0, few)), part(slice(few, T))
     together = means({name: float(first[name] + second[name]) for name in first})

@@ -266,7 +266,8 @@ def test_without_sampling_log_probs_there_is_no_effective_sample_size_and_no_oth
         head = torch.arange(258 * 8).reshape(258, 8).remainder(7) / 5
         ids, within = ids_to_gather(loss, micro), within_support(loss, micro)
         view = support_view(hidden, head, ids, within_TK=within, topk=16, chunk_tokens=8)
-        sums = metric_sums(loss, micro, live(loss, micro, view), torch.ones(3))
+        sums = metric_sums(micro, live(loss, micro, view))
+        sums |= {"loss": torch.ones(()), "num_tokens": torch.ones(())}
         return means({key: float(value) for key, value in sums.items()})
 
     whole = averaged(ROWS, "whole")

@@ -73,10 +73,10 @@ def teacher_statistics(
     rows = []
     for part in chunks(hidden_TD.shape[0], chunk_tokens):
         logits_CV = matmul(hidden_TD[part], weight.t())
-        for block, at in blocks(logits_CV, part):
+        for block in blocks(logits_CV):
             dense = Dense.of(logits_CV[block])
-            sampled_B, gather_BS = sampled_T[at], gather_TS[at]
-            uniforms_BN = None if uniforms_TN is None else uniforms_TN[at]
+            sampled_B, gather_BS = sampled_T[part][block], gather_TS[part][block]
+            uniforms_BN = None if uniforms_TN is None else uniforms_TN[part][block]
             rows.append(_statistics(dense, sampled_B, gather_BS, uniforms_BN, k, mass, num_ids))
     return TeacherStats(*(torch.cat(column) for column in zip(*rows, strict=True)))
 

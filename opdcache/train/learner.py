@@ -9,7 +9,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ModelError, StoreFull
-from ..heads import StudentView, split_head, support_view
+from ..heads import StudentView, split_head, support_logits, support_loss, support_view
 from ..identity import tokenizer_files
 from ..models import default_device, load_model
 from ..schemas.config import OptimizerConfig, TrainConfig
-from .samples import MicroBatch
+from .objective import Objective
 
 _LEAST_FREE_BYTES = 2**20
 
@@ -85,43 +85,52 @@ class SupportHead(nn.Module):
         self.weight = weight
         self._chunk_tokens = chunk_tokens
 
-    def forward(
-        self, hidden_TD: Tensor, ids_TK: Tensor, within_TK: Tensor | None, topk: int
-    ) -> tuple[Tensor, ...]:
-        """The fields of ``StudentView``; see ``support_view``."""
-        view = support_view(
+    def forward(self, hidden_TD: Tensor, objective: Objective) -> Tensor:
+        """The objective, a scalar; the hidden states predict its batch's tokens."""
+        ids_TK, chunk = objective.ids_TK, self._chunk_tokens
+        if objective.is_local:
+            few = objective.measured
+            objective.measure(self._seen(hidden_TD[few], ids_TK[few], objective))
+            logits_TK = support_logits(hidden_TD, self.weight, ids_TK, chunk_tokens=chunk)
+            return objective.of_logits(logits_TK)
+        if objective.selects:
+            objective.select(self._seen(hidden_TD, ids_TK, objective))
+        return support_loss(
             hidden_TD,
             self.weight,
             ids_TK,
-            within_TK=within_TK,
-            topk=topk,
+            objective,
+            within_TK=objective.within_TK,
+            topk=objective.topk,
+            chunk_tokens=chunk,
+        )
+
+    @torch.no_grad()
+    def _seen(self, hidden_TD: Tensor, ids_TK: Tensor, objective: Objective) -> StudentView:
+        return support_view(
+            hidden_TD,
+            self.weight,
+            ids_TK,
+            within_TK=objective.within_TK,
+            topk=objective.topk,
             chunk_tokens=self._chunk_tokens,
         )
-        return tuple(getattr(view, field.name) for field in fields(view))
 
 
 class Student(nn.Module):
-    """A causal LM that gives log-probs on a support instead of logits."""
+    """A causal LM that gives the objective of a micro-batch instead of logits."""
 
     def __init__(self, model: nn.Module, head: nn.Linear, chunk_tokens: int) -> None:
         super().__init__()
         self.model = model
         self.head = SupportHead(head.weight, chunk_tokens)
 
-    def forward(
-        self,
-        input_ids_BL: Tensor,
-        rows_T: Tensor,
-        columns_T: Tensor,
-        ids_TK: Tensor,
-        within_TK: Tensor | None,
-        topk: int,
-    ) -> tuple[Tensor, ...]:
-        """The head's view at the given positions; it is applied to those alone."""
-        body = self.model.base_model(input_ids=input_ids_BL, use_cache=False)  # type: ignore[operator]
-        hidden_TD = body.last_hidden_state[rows_T, columns_T]
-        view: tuple[Tensor, ...] = self.head(hidden_TD, ids_TK, within_TK, topk)
-        return view
+    def forward(self, objective: Objective) -> Tensor:
+        """The objective, a scalar; the head is applied at the supervised positions alone."""
+        batch = objective.batch
+        body = self.model.base_model(input_ids=batch.input_ids_BL, use_cache=False)  # type: ignore[operator]
+        found: Tensor = self.head(body.last_hidden_state[batch.rows_T, batch.columns_T], objective)
+        return found
 
 
 class Learner:
@@ -167,12 +176,10 @@ class Learner:
         )[0]
         self.rank, self.world_size = deepspeed.comm.get_rank(), deepspeed.comm.get_world_size()
 
-    def view(
-        self, batch: MicroBatch, ids_TK: Tensor, within_TK: Tensor | None, topk: int
-    ) -> StudentView:
-        """The live student's view of the ids at the batch's tokens; see ``support_view``."""
-        place = (batch.input_ids_BL, batch.rows_T, batch.columns_T)
-        return StudentView(*self._engine(*place, ids_TK, within_TK, topk))
+    def loss(self, objective: Objective) -> Tensor:
+        """The live student's objective, a scalar with its graph; it adds up its own sums."""
+        found: Tensor = self._engine(objective)
+        return found
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of a rank's share of the loss; shares add up over ranks and calls."""

@@ -146,9 +146,13 @@ def _sides(loss: LossConfig, batch: MicroBatch, student: Live) -> tuple[Tensor, 
 
 
 @torch.no_grad()
-def loss_weights(tokens: TokensConfig, batch: MicroBatch, losses_T: Tensor) -> Tensor:
+def loss_weights(tokens: TokensConfig, batch: MicroBatch, losses_T: Tensor | None) -> Tensor:
     """How much each token counts, [T]: its weight, or 0 where it is not among those chosen; of
-    means over sequences, as a share of its completion's."""
+    means over sequences, as a share of its completion's.
+
+    Args:
+        losses_T: needed where they choose.
+    """
     weights_T = batch.weights_T
     if tokens.fraction < 1:
         values_T = losses_T if tokens.by == "divergence" else batch.teacher_entropy_T
@@ -161,10 +165,8 @@ def loss_weights(tokens: TokensConfig, batch: MicroBatch, losses_T: Tensor) -> T
 
 
 @torch.no_grad()
-def metric_sums(
-    loss: LossConfig, batch: MicroBatch, student: Live, losses_T: Tensor
-) -> dict[str, Tensor]:
-    """Sums over the micro-batch's tokens; divided by ``num_tokens`` they are means.
+def metric_sums(batch: MicroBatch, student: Live) -> dict[str, Tensor]:
+    """Sums over the batch's tokens; divided by ``num_measured`` they are means.
 
     ``reverse_kl_tail`` merges everything outside the teacher's kept entries into one bucket: a
     lower bound of the full KL. ``reverse_kl_sampled`` is ``r - 1 - log r`` of the sampled token,
@@ -172,8 +174,7 @@ def metric_sums(
     the policy sampled with there are no weights.
     """
     sums = {
-        "num_tokens": torch.ones_like(losses_T),
-        "loss": losses_T,
+        "num_measured": torch.ones_like(student.view.entropy_T),
         "student_entropy": student.view.entropy_T,
     }
     if batch.sampling_T is not None:
@@ -191,15 +192,16 @@ def metric_sums(
 
 
 def means(sums: dict[str, float]) -> dict[str, float]:
-    """Token-means of ``metric_sums``, and the staleness of the rollouts.
+    """Token-means of ``loss`` and of ``metric_sums``, and the staleness of the rollouts.
 
     ``ess`` is the effective sample size of the ratios ``p_live / p_sampling`` as a share of the
     tokens: 1 while the student is the policy that sampled; absent where its log-probs are.
     """
-    num_tokens = sums["num_tokens"]
-    made = {n: v / num_tokens for n, v in sums.items() if not n.startswith(("num_", "weight"))}
+    measured = sums["num_measured"]
+    made = {n: v / measured for n, v in sums.items() if not n.startswith(("num_", "weight"))}
+    made["loss"] = sums["loss"] / sums["num_tokens"]
     if "weight" in sums:
-        made["ess"] = sums["weight"] ** 2 / (num_tokens * sums["weight_squared"])
+        made["ess"] = sums["weight"] ** 2 / (measured * sums["weight_squared"])
     return made
 
 

@@ -8,7 +8,7 @@ S recorded student entries, N drawn ids.
 """
 
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from typing import Any
 
@@ -88,6 +88,12 @@ class MicroBatch:
     def num_tokens(self) -> int:
         """Supervised tokens."""
         return int(self.sampled_T.shape[0])
+
+    def cut(self, part: slice) -> "MicroBatch":
+        """The same sequences with some of the supervised tokens."""
+        names = (field.name for field in fields(self) if field.name != "input_ids_BL")
+        columns = {name: getattr(self, name) for name in names}
+        return replace(self, **{n: c[part] for n, c in columns.items() if c is not None})
 
 
 class RoundSamples:

@@ -18,17 +18,9 @@ from ..served import refuse_unserved
 from ..stage import interrupts
 from ..store.upkeep import quarantining
 from .learner import Learner, Position, Saved
-from .live import (
-    ids_to_gather,
-    live,
-    loss_weights,
-    means,
-    metric_sums,
-    on_support,
-    within_support,
-)
-from .losses import token_losses
+from .live import means
 from .metrics import MetricsLog
+from .objective import Objective
 from .samples import RoundSamples
 from .weights import TokenRule
 
@@ -251,15 +243,10 @@ class _Training:
         totals: dict[str, torch.Tensor] = {}
         for samples, weight in self._shares(batch):
             micro = self._samples.collate(samples, self.learner.device)
-            ids_TK, within_TK = ids_to_gather(self._loss, micro), within_support(self._loss, micro)
-            view = self.learner.view(micro, ids_TK, within_TK, self._loss.k)
-            student = live(self._loss, micro, view)
-            losses_T = token_losses(self._loss, on_support(self._loss, micro, student))
-            weights_T = loss_weights(tokens, micro, losses_T)
-            objective = (losses_T * weights_T).sum() / whole
-            self.learner.backward(objective * weight)
-            sums = metric_sums(self._loss, micro, student, losses_T)
-            for name, value in {**sums, "objective": objective.detach().double()}.items():
+            every = self._train.measure_every
+            objective = Objective(self._loss, tokens, micro, whole, every)
+            self.learner.backward(self.learner.loss(objective) * weight)
+            for name, value in objective.sums.items():
                 totals[name] = totals.get(name, 0) + weight * value
         self._stop_agreed = self._any_rank_stops()
         summed = self.learner.sum(torch.stack([v.double() for v in totals.values()]))
