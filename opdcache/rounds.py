@@ -101,5 +101,6 @@ def _unfinished(folder: RunFolder, config: RunConfig, step: Step, cache: Cache) 
 
 
 def _num_updates(folder: RunFolder, config: RunConfig, round_index: int) -> int:
-    samples = sum(s.num_rows for s in folder.need(RolloutRound, round_index).shards)
+    trained = (folder.need(RolloutRound, i) for i in config.train.trained_rounds(round_index))
+    samples = sum(shard.num_rows for rollouts in trained for shard in rollouts.shards)
     return -(-samples * config.train.epochs // config.train.batch_samples)

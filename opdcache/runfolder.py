@@ -175,7 +175,7 @@ class RunFolder:
         """What a stage set out to make; None when it has not begun."""
         return _read(StagePlan, self._plan_path(kind, round_index))
 
-    def metrics(self) -> list[dict[str, float]]:
+    def metrics(self) -> list[dict[str, Any]]:
         """Metrics of the updates so far; a line that a kill cut short is left out."""
         rows = []
         with suppress(FileNotFoundError, ValueError):

@@ -6,7 +6,14 @@ from pydantic import Field, JsonValue, model_validator
 
 from .base import Model
 from .columns import Compression, ScoreColumn
-from .losses import LossConfig, TokensConfig, cell, is_divergence, refusal
+from .losses import (
+    LossConfig,
+    TokensConfig,
+    cell,
+    is_divergence,
+    refusal,
+    tolerates_older,
+)
 from .manifests import Quality, Sampling
 from .teachers import STUDENT, Dtype, HttpBackend, ModelRef, TeacherConfig
 
@@ -201,6 +208,26 @@ class OptimizerConfig(Model):
     max_grad_norm: float = Field(1.0, gt=0, description="gradients are clipped to this norm")
 
 
+class EndRound(Model):
+    """When a round's rollouts are too old to go on with; an update's own means are compared."""
+
+    ess: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="least effective sample size of p live / p sampling, as a share of the tokens",
+    )
+    overlap: float | None = Field(
+        None, gt=0, le=1, description="least overlap of the live student's top-k with the teacher's"
+    )
+    support_mass: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="least mass of the live student on the teacher's kept entries",
+    )
+
+
 class TrainConfig(Model):
     """The train stage."""
 
@@ -209,7 +236,40 @@ class TrainConfig(Model):
     optimizer: OptimizerConfig = Field(OptimizerConfig(), description="how it minimises")
     batch_samples: int = Field(64, ge=1, description="samples an update, over all ranks")
     micro_batch_tokens: int = Field(
-        8192, ge=1, description="padded tokens of one forward and backward at most"
+        8192, ge=1, description="tokens of one forward and backward at most, padding included"
+    )
+    attention: str | None = Field(
+        None,
+        min_length=1,
+        description="attention implementation of transformers, such as flash_attention_2; its "
+        "default by default",
+    )
+    packing: bool | None = Field(
+        None,
+        description="sequences of a micro-batch stand in one row, told apart by their position "
+        "ids, in place of padding; by default with flash attention, which looks at no pair of "
+        "tokens of two sequences",
+    )
+    max_staleness: int = Field(
+        0,
+        ge=0,
+        description="a round trains on the rollouts of so many rounds before it too, while they "
+        "are in the cache",
+    )
+    end_round: EndRound = Field(
+        EndRound(), description="the round ends after an update that is below one of these limits"
+    )
+    max_skipped: int = Field(
+        10,
+        ge=0,
+        description="updates of a round whose gradient is not finite: so many are skipped, and "
+        "counted; one more stops the run",
+    )
+    spike_factor: float = Field(
+        3.0,
+        gt=1,
+        description="an update whose loss is above the median of the last ones times this is "
+        "said aloud, with the sample that has the largest loss",
     )
     epochs: int = Field(1, ge=1, description="passes over a round's samples")
     dtype: Literal["bfloat16", "float32"] = Field(
@@ -235,6 +295,20 @@ class TrainConfig(Model):
     fresh_optimizer: bool = Field(
         False, description="start each round's optimizer anew from the exported student"
     )
+    trackio: str | None = Field(
+        None, min_length=1, description="project to log metrics to with trackio as well"
+    )
+
+    @property
+    def packs(self) -> bool:
+        """Whether sequences are packed."""
+        if self.packing is not None:
+            return self.packing
+        return (self.attention or "").startswith("flash_attention")
+
+    def trained_rounds(self, round_index: int) -> range:
+        """Rounds whose rollouts a round trains on."""
+        return range(max(0, round_index - self.max_staleness), round_index + 1)
 
 
 class EvaluationConfig(Model):
@@ -361,6 +435,12 @@ class RunConfig(Model):
                 f"train.loss: support {loss.support!r} with k = {loss.k} needs rollouts that "
                 f"record it; set rollout.student_topk to {loss.k} or more, not "
                 f"{self.rollout.student_topk}"
+            )
+        if self.train.max_staleness and not tolerates_older(loss):
+            raise ValueError(
+                f"train.max_staleness: support {loss.support!r} looks at what the round's own "
+                "policy sampled; take 'teacher_topk', 'overlap' or 'draws', or importance_cap "
+                "with 'sampled'"
             )
         if tokens.fraction < 1 and tokens.by == "divergence" and not is_divergence(loss):
             raise ValueError(

@@ -240,6 +240,14 @@ def is_divergence(loss: LossConfig) -> bool:
     return loss.normalisation not in ("none", "reference") and not loss.stop_gradient
 
 
+def tolerates_older(loss: LossConfig) -> bool:
+    """Whether rollouts of an older policy can serve the loss: what is stored must be valid for any
+    student, or a weight must say how far this one is from the policy that sampled."""
+    if loss.support == "sampled":
+        return loss.importance_cap is not None
+    return not cell(loss).needs_recorded_topk
+
+
 def is_local(loss: LossConfig) -> bool:
     """Whether the loss needs the student's logits on the support alone: what they are normalised
     by cancels, and which ids are in the support is stored."""

@@ -115,6 +115,10 @@ class TrainRound(Model):
     num_updates: int = Field(description="optimizer updates of the run so far")
     num_samples: int = Field(description="samples trained on in this round")
     num_tokens: int = Field(description="supervised tokens in this round")
+    num_skipped: int = Field(0, description="updates left out since a gradient was not finite")
+    ended_early: str | None = Field(
+        None, description="why the round ended before its last sample; none: it did not"
+    )
     dropped: dict[str, int] = Field(description="samples left out, by reason")
     elapsed_s: float = Field(description="wall time of the stage, over its restarts")
 

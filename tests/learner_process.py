@@ -3,8 +3,9 @@
 ``learner_process.py JOBS LIMIT_S``: exits with a traceback of every thread at the time limit.
 
 JOBS is a JSON file: a list of objects with ``config`` (a run's configuration), ``round``,
-``stop_after`` (updates after which the process sends itself SIGTERM, or null) and ``stop_rank``
-(the one rank that does; null for every rank).
+``stop_after`` (updates after which the process sends itself SIGTERM, or null), ``stop_rank``
+(the one rank that does; null for every rank), ``poisoned`` (samples whose weights in the loss are
+infinite) and ``fails`` (words of the error that it must end with, or null).
 """
 
 import faulthandler
@@ -12,17 +13,21 @@ import json
 import os
 import signal
 import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from opdcache.errors import Interrupted
+from opdcache.errors import EngineError, Interrupted
 from opdcache.runfolder import RunContext, RunFolder
 from opdcache.schemas.config import RunConfig
 from opdcache.schemas.rounds import Resolved
 from opdcache.stage import Silent, Worker
 from opdcache.store.cache import Cache
+from opdcache.train.samples import MicroBatch, RoundSamples
 from opdcache.train.stage import run
 
 
@@ -62,11 +67,33 @@ def carry_out(job: dict[str, Any]) -> None:
         Worker(),
     )
     try:
-        run(context, job["round"])
+        with poisoned(set(job["poisoned"])):
+            run(context, job["round"])
     except Interrupted:
         assert job["stop_after"] is not None
+    except EngineError as error:
+        if not job["fails"] or not all(word in str(error) for word in job["fails"]):
+            raise
     else:
         assert job["stop_after"] is None
+        assert job["fails"] is None
+
+
+@contextmanager
+def poisoned(bad: set[int]) -> Iterator[None]:
+    """Within the block these samples' tokens weigh infinitely much."""
+    collate = RoundSamples.collate
+
+    def with_bad(self: RoundSamples, samples: Sequence[int]) -> MicroBatch:
+        batch = collate(self, samples)
+        hit = torch.tensor([sample in bad for sample in samples])[batch.sequences_T]
+        return replace(batch, weights_T=batch.weights_T.masked_fill(hit, torch.inf))
+
+    RoundSamples.collate = with_bad  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        RoundSamples.collate = collate  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":

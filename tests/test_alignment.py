@@ -227,7 +227,9 @@ def scores_of(samples: list[tuple[int, int]], columns: tuple[ScoreColumn, ...], 
 ALL: tuple[ScoreColumn, ...] = ("sampled", "entropy", "topk", "student_topk")
 
 
-def samples_in(tmp_path: Path, k: int = K, widths: tuple[int, ...] = (K, K, K)) -> RoundSamples:
+def samples_in(
+    tmp_path: Path, k: int = K, widths: tuple[int, ...] = (K, K, K), packed: bool = False
+) -> RoundSamples:
     """A round of three committed shards, their columns spread over two score sets each."""
     store = Cache(str(tmp_path / "cache"))
     shards, served, sample = [], [], 0
@@ -246,7 +248,7 @@ def samples_in(tmp_path: Path, k: int = K, widths: tuple[int, ...] = (K, K, K)) 
                 for columns in parts
             ]
         )
-    return RoundSamples(store, *rounds(shards, served), k)
+    return RoundSamples(store, *rounds(shards, served), k, packed=packed)
 
 
 FLAT = [length for lengths in LENGTHS for length in lengths]
@@ -258,14 +260,15 @@ def tokens_of(samples: list[int]) -> list[tuple[int, int]]:
 
 
 def present(batch: MicroBatch) -> dict[str, Any]:
-    return {name: getattr(batch, name) for name in MicroBatch.__slots__}
+    """Columns of the tokens."""
+    return {name: getattr(batch, name) for name in MicroBatch.__slots__ if "_T" in name}
 
 
 def test_the_chosen_hidden_state_has_read_all_before_its_token_and_nothing_more(
     tmp_path: Path,
 ) -> None:
     samples = [6, 1, 3, 9, 0]
-    batch = samples_in(tmp_path).collate(samples, CPU)
+    batch = samples_in(tmp_path).collate(samples)
     expected = tokens_of(samples)
     assert batch.num_tokens == len(expected)
     for n, (i, t) in enumerate(expected):
@@ -277,7 +280,7 @@ def test_the_chosen_hidden_state_has_read_all_before_its_token_and_nothing_more(
 
 def test_every_teacher_column_is_that_of_its_token(tmp_path: Path) -> None:
     samples = [6, 1, 3, 9, 0, 11]
-    batch = present(samples_in(tmp_path).collate(samples, CPU))
+    batch = present(samples_in(tmp_path).collate(samples))
     for n, (i, t) in enumerate(tokens_of(samples)):
         p = place(i, t)
         assert float(batch["sampling_T"][n]) == -p - 0.5
@@ -298,7 +301,7 @@ def test_every_teacher_column_is_that_of_its_token(tmp_path: Path) -> None:
 @pytest.mark.parametrize("k", [1, 2, 3])
 def test_entries_past_the_losses_k_join_the_tail(tmp_path: Path, k: int) -> None:
     samples = [6, 1, 3]
-    batch = present(samples_in(tmp_path, k=k).collate(samples, CPU))
+    batch = present(samples_in(tmp_path, k=k).collate(samples))
     assert batch["topk_ids_TK"].shape[1] == k
     assert batch["recorded_ids_TS"].shape[1] == k
     merged = 0
@@ -325,7 +328,7 @@ def test_shards_that_were_scored_with_different_k_stand_in_one_micro_batch(
 ) -> None:
     samples = [6, 1, 9]
     widths = (3, 5, 4)
-    batch = samples_in(tmp_path, k=k, widths=widths).collate(samples, CPU)
+    batch = samples_in(tmp_path, k=k, widths=widths).collate(samples)
     assert batch.kept_TK is not None
     assert batch.topk_TK is not None
     width_of = {6: 5, 1: 3, 9: 4}
@@ -348,7 +351,7 @@ def test_a_set_that_holds_more_mass_than_the_run_asks_is_cut_to_it(tmp_path: Pat
     scores = Scores(np.asarray([0, 1]), topk=topk)
     pinned = rounds([shard], [[commit_scores(store, shard, scores, ("topk",))]])
     for mass, kept in ((1.0, 3), (0.7, 2), (0.4, 1)):
-        batch = RoundSamples(store, *pinned, 3, mass).collate([0], CPU)
+        batch = RoundSamples(store, *pinned, 3, mass).collate([0])
         assert batch.kept_TK is not None
         assert batch.tail_T is not None
         assert int(batch.kept_TK.sum()) == kept
@@ -360,7 +363,7 @@ def test_columns_that_are_not_stored_are_none(tmp_path: Path) -> None:
     shard = commit_rollouts(store, [row_of(0, 3), row_of(1, 2)])
     columns: tuple[ScoreColumn, ...] = ("sampled",)
     served = commit_scores(store, shard, scores_of([(0, 3), (1, 2)], columns, K), columns)
-    batch = RoundSamples(store, *rounds([shard], [[served]]), K).collate([1, 0], CPU)
+    batch = RoundSamples(store, *rounds([shard], [[served]]), K).collate([1, 0])
     absent = {name for name, value in present(batch).items() if value is None}
     assert absent == {
         "teacher_entropy_T",
@@ -404,7 +407,7 @@ def test_micro_batches_hold_each_sample_with_tokens_once_and_keep_to_the_budget(
     made = list(samples.micro_batches(range(len(FLAT)), max_tokens))
     assert sorted(i for micro in made for i in micro) == FILLED
     for micro in made:
-        padded = samples.collate(micro, CPU).input_ids_BL
+        padded = samples.collate(micro).input_ids_BL
         assert len(micro) == 1 or padded.numel() <= max_tokens
     assert len(made) == len(FILLED) if max_tokens == 1 else len(made) < len(FILLED)
 
@@ -427,7 +430,7 @@ def test_a_rollout_shard_that_was_made_anew_with_other_tokens_is_refused(tmp_pat
     assert anew.key == shard.key
     assert anew.content != shard.content
     with pytest.raises(InvalidShard, match="generated anew"):
-        RoundSamples(store, *pinned, K).collate([0], CPU)
+        RoundSamples(store, *pinned, K).collate([0])
 
 
 def test_a_rollout_shard_that_was_made_anew_with_the_same_tokens_is_used(tmp_path: Path) -> None:
@@ -436,7 +439,7 @@ def test_a_rollout_shard_that_was_made_anew_with_the_same_tokens_is_used(tmp_pat
     served = commit_scores(store, shard, scores_of([(0, 3)], ALL, K), ALL)
     store.objects.delete(rollout_commit(shard.key))
     assert commit_rollouts(store, [row_of(0, 3)]) == shard
-    batch = RoundSamples(store, *rounds([shard], [[served]]), K).collate([0], CPU)
+    batch = RoundSamples(store, *rounds([shard], [[served]]), K).collate([0])
     assert batch.sampled_T.tolist() == [0, 1, 2]
 
 
@@ -460,7 +463,7 @@ def masked_samples(
 
 
 def test_a_masked_token_is_fed_and_stands_nowhere_else(tmp_path: Path) -> None:
-    batch = masked_samples(tmp_path).collate([0], CPU)
+    batch = masked_samples(tmp_path).collate([0])
     row = row_of(0, 6)
     assert batch.input_ids_BL[0].tolist() == [*row.prompt, *row.completion[:4]]
     assert batch.sampled_T.tolist() == [row.completion[t] for t in (0, 3, 4)]
@@ -486,17 +489,17 @@ def test_what_is_beyond_the_longest_supervised_length_is_neither_counted_nor_fed
     tmp_path: Path,
 ) -> None:
     samples = masked_samples(tmp_path, limit=4)
-    batch, row = samples.collate([0], CPU), row_of(0, 6)
+    batch, row = samples.collate([0]), row_of(0, 6)
     assert batch.sampled_T.tolist() == [row.completion[t] for t in (0, 3)]
     assert batch.input_ids_BL[0].tolist() == [*row.prompt, *row.completion[:3]]
     assert samples.num_tokens([0, 1, 2]) == samples.weight([0, 1, 2]) == 2
-    assert masked_samples(tmp_path / "short", limit=1).collate([0], CPU).num_tokens == 1
+    assert masked_samples(tmp_path / "short", limit=1).collate([0]).num_tokens == 1
 
 
 def test_ids_that_are_left_out_are_fed_and_not_supervised(tmp_path: Path) -> None:
     row = row_of(0, 6)
     samples = masked_samples(tmp_path, left_out=(row.completion[3], row.completion[5]))
-    batch = samples.collate([0], CPU)
+    batch = samples.collate([0])
     assert batch.sampled_T.tolist() == [row.completion[t] for t in (0, 4)]
     assert batch.input_ids_BL[0].tolist() == [*row.prompt, *row.completion[:4]]
 
@@ -504,7 +507,7 @@ def test_ids_that_are_left_out_are_fed_and_not_supervised(tmp_path: Path) -> Non
 def test_weights_are_those_of_the_places_in_the_completion(tmp_path: Path) -> None:
     samples = masked_samples(tmp_path, half_life=3.0)
     expected = [0.5 ** (t / 3) for t in (0, 3, 4)]
-    assert samples.collate([0], CPU).weights_T.tolist() == pytest.approx(expected)
+    assert samples.collate([0]).weights_T.tolist() == pytest.approx(expected)
     assert samples.weight([0, 1, 2]) == pytest.approx(sum(expected))
 
 
@@ -513,7 +516,7 @@ MANY_MASKS = ([True] * 5, [False, True], [False], [])
 
 def test_by_sequences_every_completion_weighs_the_same(tmp_path: Path) -> None:
     samples = masked_samples(tmp_path, MANY_MASKS, per_sequence=True)
-    batch = samples.collate([0, 1], CPU)
+    batch = samples.collate([0, 1])
     config = TokensConfig(mean="sequences")
     weights = loss_weights(config, batch, torch.zeros(6)).tolist()
     assert weights == pytest.approx([0.2] * 5 + [1.0])
@@ -525,7 +528,7 @@ def test_tokens_of_the_largest_entropy_are_chosen_and_counted(tmp_path: Path, me
     """The hand-made entropy of a token is its place: the last ones are chosen."""
     rule = {"fraction": 0.3, "per_sequence": mean == "sequences"}
     samples = masked_samples(tmp_path, MANY_MASKS, **rule)
-    batch = samples.collate([0, 1], CPU)
+    batch = samples.collate([0, 1])
     config = TokensConfig(fraction=0.3, by="entropy", mean=mean)
     weights = loss_weights(config, batch, -batch.columns_T.float()).tolist()
     share = 0.5 if mean == "sequences" else 1.0
@@ -536,7 +539,7 @@ def test_tokens_of_the_largest_entropy_are_chosen_and_counted(tmp_path: Path, me
 def test_far_down_a_completion_a_short_half_life_still_weighs_it_as_one(tmp_path: Path) -> None:
     masks = ([False] * 4 + [True] * 2,)
     samples = masked_samples(tmp_path, masks, half_life=0.001, per_sequence=True)
-    batch = samples.collate([0], CPU)
+    batch = samples.collate([0])
     weights = loss_weights(TokensConfig(mean="sequences"), batch, torch.zeros(2)).tolist()
     assert weights == [1, 0]
 

@@ -170,12 +170,16 @@ def job(
     round_index: int = 0,
     stop_after: int | None = None,
     stop_rank: int | None = None,
+    poisoned: Sequence[int] = (),
+    fails: Sequence[str] | None = None,
 ) -> dict[str, Any]:
     return {
         "config": config,
         "round": round_index,
         "stop_after": stop_after,
         "stop_rank": stop_rank,
+        "poisoned": list(poisoned),
+        "fails": fails,
     }
 
 
@@ -310,6 +314,11 @@ SINGLE = {
     for stage in (0, 1, 2, 3)
     for size, budget in (("roomy", ROOMY), ("tight", TIGHT))
     if tie == "tied" or size == "tight"
+} | {
+    "tied-packed-tight": (
+        "tied",
+        {"zero_stage": 1, "micro_batch_tokens": TIGHT, "packing": True},
+    )
 }
 DOUBLE = {
     f"double-zero{stage}": {"zero_stage": stage, "micro_batch_tokens": TIGHT}

@@ -28,12 +28,12 @@ from opdcache.train.live import (
     ids_to_gather,
     live,
     means,
-    metric_sums,
+    metric_values,
     on_support,
     within_support,
 )
 from opdcache.train.losses import token_losses
-from opdcache.train.objective import Objective
+from opdcache.train.objective import POSITIONS, Objective
 from opdcache.train.samples import MicroBatch
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -91,9 +91,13 @@ def stored(
     probs = teacher_TV.exp()
     picked = torch.arange(tokens)
     return MicroBatch(
+        num_sequences=2,
         input_ids_BL=torch.zeros((1, tokens), dtype=torch.long),
+        position_ids_BL=None,
         rows_T=torch.zeros(tokens, dtype=torch.long),
         columns_T=picked,
+        sequences_T=picked * 2 // tokens,
+        places_T=picked * POSITIONS // 5,
         weights_T=torch.ones(tokens),
         sampled_T=sampled,
         sampling_T=torch.linspace(-3, -0.5, tokens),
@@ -343,7 +347,7 @@ def learnt(
     to hidden states and head."""
     head = SupportHead(given.weight_VD.clone().requires_grad_(), chunk_tokens=4)
     hidden = given.hidden_TD.clone().requires_grad_()
-    objective = Objective(loss, tokens, given.batch, **options)
+    objective = Objective(loss, tokens, given.batch, longest=3 * POSITIONS, **options)
     value = head(hidden, objective)
     (2 * value).backward()
     assert hidden.grad is not None
@@ -375,9 +379,9 @@ def test_the_learners_objective_and_gradients_are_those_of_a_dense_computation(
     value, gradients = weighted_oracle(loss, given, weights.double() / 7)
     objective, mine, ours_ = learnt(given, loss, TokensConfig(), whole=7.0)
     assert_close((mine, *ours_), (value, *gradients))
-    assert float(objective.sums["objective"]) == pytest.approx(float(value), abs=1e-5)
+    assert float(objective.sums["objective"].sum()) == pytest.approx(float(value), abs=1e-5)
     losses = oracle(loss, given)[0]
-    assert float(objective.sums["loss"]) == pytest.approx(float(losses.sum()), abs=1e-4)
+    assert float(objective.sums["loss"].sum()) == pytest.approx(float(losses.sum()), abs=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -389,10 +393,25 @@ def test_the_tokens_that_differ_most_are_chosen_live(
     given, loss = problem(seed=6), config(key)
     losses = oracle(loss, given)[0]
     chosen = torch.zeros(T, dtype=torch.float64)
-    chosen[losses.argsort(descending=True)[: math.ceil(0.4 * T)]] = 1 / 5
-    _, mine, ours_ = learnt(given, loss, TokensConfig(fraction=0.4), whole=5.0)
+    for sequence in range(given.batch.num_sequences):
+        own = (given.batch.sequences_T == sequence).nonzero()[:, 0]
+        chosen[own[losses[own].argsort(descending=True)[:3]]] = 1 / 6
+    _, mine, ours_ = learnt(given, loss, TokensConfig(fraction=0.4), whole=6.0)
     value, gradients = weighted_oracle(loss, given, chosen)
     assert_close((mine, *ours_), (value, *gradients))
+
+
+def test_sums_are_kept_apart_by_depth_and_losses_by_completion() -> None:
+    given, loss = problem(seed=4), config(("teacher_topk", "reverse", "tail"))
+    objective, *_ = learnt(given, loss, TokensConfig(), whole=1.0)
+    losses = oracle(loss, given)[0]
+    depth, rows = given.batch.places_T // POSITIONS, given.batch.sequences_T
+    assert depth.unique().tolist() == [0, 1, 2]
+    assert objective.sums["num_tokens"].tolist() == depth.bincount().tolist()
+    by_depth = [float(losses[depth == p].sum()) for p in range(3)]
+    assert objective.sums["loss"].tolist() == pytest.approx(by_depth, abs=1e-5)
+    by_row = [float(losses[rows == row].sum()) for row in range(2)]
+    assert objective.losses_B.tolist() == pytest.approx(by_row, abs=1e-5)
 
 
 @pytest.mark.parametrize(("every", "few"), [(1, list(range(T))), (3, [0, 3, 6, 9, 12]), (100, [6])])
@@ -402,7 +421,7 @@ def test_a_local_loss_is_of_all_tokens_and_its_metrics_of_one_of_so_many(
     given, loss = problem(seed=4), config(("teacher_topk", "reverse", "renormalised"))
     assert is_local(loss)
     objective, *_ = learnt(given, loss, TokensConfig(), whole=1.0, measure_every=every)
-    mine = means({name: float(value) for name, value in objective.sums.items()})
+    mine = means({name: float(value.sum()) for name, value in objective.sums.items()})
     per_token = [brute_force_metrics(loss, cut(given, t)) for t in few]
     for name in ("student_entropy", "overlap", "reverse_kl_tail"):
         assert mine[name] == pytest.approx(sum(m[name] for m in per_token) / len(few), abs=1e-5)
@@ -782,6 +801,7 @@ def brute_force_metrics(loss: LossConfig, given: Problem) -> dict[str, float]:
         note("overlap", len(shared) / width)
         note("overlap_mass_student", sum(p[v] for v in shared))
         note("overlap_mass_teacher", sum(q[v] for v in shared))
+        note("support_mass", sum(p[v] for v in kept))
         note("overlap_empty", float(not shared))
         entropies = [-sum(x * math.log(x) for x in side) for side in (p, q)]
         note("student_entropy", entropies[0])
@@ -798,16 +818,17 @@ def brute_force_metrics(loss: LossConfig, given: Problem) -> dict[str, float]:
     return made
 
 
-def counted(sums: dict[str, Tensor], losses_T: Tensor) -> dict[str, Tensor]:
+def summed(values: dict[str, Tensor], losses_T: Tensor) -> dict[str, float]:
     """Sums of metrics, and those of all tokens."""
-    return sums | {"loss": losses_T.sum(), "num_tokens": torch.tensor(float(len(losses_T)))}
+    values = values | {"loss": losses_T, "num_tokens": torch.ones_like(losses_T)}
+    return {name: float(of.double().sum()) for name, of in values.items()}
 
 
 def reported(loss: LossConfig, given: Problem) -> dict[str, float]:
     student, losses = student_view(loss, given.batch, given.hidden_TD, given.weight_VD)
-    sums = counted(metric_sums(given.batch, student), losses)
-    assert float(sums["num_tokens"]) == len(given.hidden_TD)
-    return means({name: float(value) for name, value in sums.items()})
+    sums = summed(metric_values(given.batch, student), losses)
+    assert sums["num_measured"] == len(given.hidden_TD)
+    return means(sums)
 
 
 @pytest.mark.parametrize("key", CELL_KEYS, ids="-".join)
@@ -859,12 +880,12 @@ def test_sums_of_two_micro_batches_make_the_means_of_all_their_tokens() -> None:
     given = problem()
     few = 3
 
-    def part(tokens: slice) -> dict[str, Tensor]:
+    def part(tokens: slice) -> dict[str, float]:
         batch = given.batch.cut(tokens)
         student, losses = student_view(loss, batch, given.hidden_TD[tokens], given.weight_VD)
-        return counted(metric_sums(batch, student), losses)
+        return summed(metric_values(batch, student), losses)
 
     first, second = part(slice(0, few)), part(slice(few, T))
-    together = means({name: float(first[name] + second[name]) for name in first})
+    together = means({name: first[name] + second[name] for name in first})
     for name, value in brute_force_metrics(loss, given).items():
         assert together[name] == pytest.approx(value, abs=1e-5), name

@@ -746,3 +746,42 @@ def test_every_scoring_model_s_paths_are_the_run_file_s(tmp_path: Path) -> None:
     backend = load(tmp_path, {"teacher": SERVED}).teacher.backend
     assert isinstance(backend, HttpBackend)
     assert backend.tokenizer == str(tmp_path / "models" / "tokens")
+
+
+@pytest.mark.parametrize(
+    ("loss", "serves"),
+    [
+        ({"support": "student_topk"}, False),
+        ({"support": "union"}, False),
+        ({"support": "sampled", "normalisation": "none"}, False),
+        ({"support": "sampled", "normalisation": "none", "importance_cap": 2.0}, True),
+        ({"support": "teacher_topk"}, True),
+        ({"support": "overlap"}, True),
+    ],
+)
+def test_older_rounds_serve_only_a_loss_that_any_policys_rollouts_serve(
+    tmp_path: Path, loss: dict[str, Any], serves: bool
+) -> None:
+    changes = {"train.loss": loss, "train.max_staleness": 2}
+    if serves:
+        train = load(tmp_path, changes).train
+        assert [list(train.trained_rounds(r)) for r in (0, 1, 4)] == [[0], [0, 1], [2, 3, 4]]
+    else:
+        assert "train.max_staleness: support" in fault(run_file(tmp_path, changes))
+
+
+@pytest.mark.parametrize(
+    ("train", "packs"),
+    [
+        ({}, False),
+        ({"packing": True}, True),
+        ({"attention": "flash_attention_2"}, True),
+        ({"attention": "flash_attention_2", "packing": False}, False),
+        ({"attention": "sdpa"}, False),
+    ],
+)
+def test_sequences_are_packed_where_attention_skips_pairs_of_two_or_when_asked(
+    tmp_path: Path, train: dict[str, Any], packs: bool
+) -> None:
+    changes = {f"train.{name}": value for name, value in train.items()}
+    assert load(tmp_path, changes or {"seed": 1}).train.packs is packs

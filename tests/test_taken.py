@@ -247,7 +247,7 @@ def test_without_sampling_log_probs_there_is_no_effective_sample_size_and_no_oth
 ) -> None:
     from opdcache.heads import support_view
     from opdcache.schemas.rounds import ScoreRound
-    from opdcache.train.live import ids_to_gather, live, means, metric_sums, within_support
+    from opdcache.train.live import ids_to_gather, live, means, metric_values, within_support
     from opdcache.train.samples import RoundSamples
 
     def averaged(rows: list[dict[str, Any]], name: str) -> dict[str, float]:
@@ -260,15 +260,15 @@ def test_without_sampling_log_probs_there_is_no_effective_sample_size_and_no_oth
         score(context, 0)
         pinned_files = (context.folder.need(kind, 0) for kind in (RolloutRound, ScoreRound))
         samples = RoundSamples(context.cache, *pinned_files, 16)  # type: ignore[arg-type]
-        micro = samples.collate([0, 1], torch.device("cpu"))
+        micro = samples.collate([0, 1])
         loss = context.config.train.loss
         hidden = torch.arange(3 * 8).reshape(3, 8) / 10
         head = torch.arange(258 * 8).reshape(258, 8).remainder(7) / 5
         ids, within = ids_to_gather(loss, micro), within_support(loss, micro)
         view = support_view(hidden, head, ids, within_TK=within, topk=16, chunk_tokens=8)
-        sums = metric_sums(micro, live(loss, micro, view))
-        sums |= {"loss": torch.ones(()), "num_tokens": torch.ones(())}
-        return means({key: float(value) for key, value in sums.items()})
+        values = metric_values(micro, live(loss, micro, view))
+        sums = {key: float(value.sum()) for key, value in values.items()}
+        return means(sums | {"loss": 3, "num_tokens": 3})
 
     whole = averaged(ROWS, "whole")
     bare = [{k: v for k, v in row.items() if k != "sampling_logprobs"} for row in ROWS]

@@ -50,8 +50,8 @@ from opdcache.vllm_engine import Logprobs
 
 from . import shards
 from .conftest import EOS_ID, TINY_VOCAB, make_tiny_model
-from .test_alignment import CPU, samples_in
 from .test_alignment import K as KEPT
+from .test_alignment import samples_in
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -664,7 +664,7 @@ def kl_on(batch: Any, student_TK: torch.Tensor, topk_TK: torch.Tensor, loss: Los
 @pytest.mark.parametrize("key", [k for k in sorted(CELLS) if k[0] == "teacher_topk"], ids="-".join)
 def test_trap_7_no_padding_reaches_a_loss_as_minus_infinity(tmp_path: Path, key: Any) -> None:
     loss = LossConfig(support=key[0], direction=key[1], normalisation=key[2], k=KEPT)
-    batch = samples_in(tmp_path).collate([6, 1, 3, 9], CPU)
+    batch = samples_in(tmp_path).collate([6, 1, 3, 9])
     assert batch.topk_TK is not None
     assert batch.kept_TK is not None
     assert not bool(batch.kept_TK.all(dim=1).all())

@@ -36,7 +36,9 @@ class Position:
         next_update: updates of the round that are done.
         num_updates: updates of the run that are done.
         num_samples, num_tokens: trained on in the round so far.
+        num_skipped: updates of the round that were left out.
         elapsed_s: seconds spent on the round so far.
+        ended_early: why the round ends here; None while it goes on.
     """
 
     round: int
@@ -45,7 +47,9 @@ class Position:
     num_updates: int = 0
     num_samples: int = 0
     num_tokens: int = 0
+    num_skipped: int = 0
     elapsed_s: float = 0.0
+    ended_early: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +132,9 @@ class Student(nn.Module):
     def forward(self, objective: Objective) -> Tensor:
         """The objective, a scalar; the head is applied at the supervised positions alone."""
         batch = objective.batch
-        body = self.model.base_model(input_ids=batch.input_ids_BL, use_cache=False)  # type: ignore[operator]
+        body = self.model.base_model(  # type: ignore[operator]
+            input_ids=batch.input_ids_BL, position_ids=batch.position_ids_BL, use_cache=False
+        )
         found: Tensor = self.head(body.last_hidden_state[batch.rows_T, batch.columns_T], objective)
         return found
 
@@ -151,7 +157,8 @@ class Learner:
         import deepspeed
 
         _init_distributed()
-        model = load_model(folder, config.dtype, self.device)
+        attention = {"attn_implementation": config.attention} if config.attention else None
+        model = load_model(folder, config.dtype, self.device, attention)
         _, head = split_head(model, folder)
         if config.gradient_checkpointing:
             model.gradient_checkpointing_enable()  # type: ignore[operator]
@@ -185,11 +192,24 @@ class Learner:
         """Add the gradient of a rank's share of the loss; shares add up over ranks and calls."""
         self._engine.backward(loss * self.world_size, scale_wrt_gas=False)
 
-    def step(self) -> float:
-        """Clip, update, advance the schedule; the gradient's norm before clipping."""
+    def step(self) -> float | None:
+        """Clip, update, advance the schedule; the gradient's norm before clipping.
+
+        None where the gradient is not finite: it is thrown away, and nothing is updated.
+        """
         norm = self._plain_norm() if self._config.zero_stage == 0 else None
+        if norm is not None and not norm.isfinite():
+            self._engine.zero_grad()
+            return None
         self._engine.step()
-        return float(self._engine.get_global_grad_norm() if norm is None else norm)
+        found = float(self._engine.get_global_grad_norm() if norm is None else norm)
+        return found if math.isfinite(found) else None
+
+    def gathered(self, values: Tensor) -> Tensor:
+        """The ranks' tensors, one after another along a new first axis."""
+        rows = values.new_zeros((self.world_size, *values.shape))
+        rows[self.rank] = values
+        return self.sum(rows)
 
     def sum(self, values: Tensor) -> Tensor:
         """Sum of a tensor over the ranks."""

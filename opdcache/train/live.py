@@ -3,6 +3,7 @@
 Legend: T tokens, K teacher entries, S recorded student entries, N drawn ids.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -157,42 +158,42 @@ def loss_weights(tokens: TokensConfig, batch: MicroBatch, losses_T: Tensor | Non
     if tokens.fraction < 1:
         values_T = losses_T if tokens.by == "divergence" else batch.teacher_entropy_T
         assert values_T is not None
-        weights_T = weights_T * largest(values_T, batch.rows_T, tokens.fraction)
+        weights_T = weights_T * largest(values_T, batch.sequences_T, tokens.fraction)
     if tokens.mean == "sequences":
-        sums_B = weights_T.new_zeros(len(batch.input_ids_BL)).index_add(0, batch.rows_T, weights_T)
-        weights_T = weights_T / sums_B.clamp(min=torch.finfo(sums_B.dtype).tiny)[batch.rows_T]
+        sums_B = weights_T.new_zeros(batch.num_sequences).index_add(0, batch.sequences_T, weights_T)
+        weights_T = weights_T / sums_B.clamp(min=torch.finfo(sums_B.dtype).tiny)[batch.sequences_T]
     return weights_T
 
 
 @torch.no_grad()
-def metric_sums(batch: MicroBatch, student: Live) -> dict[str, Tensor]:
-    """Sums over the batch's tokens; divided by ``num_measured`` they are means.
+def metric_values(batch: MicroBatch, student: Live) -> dict[str, Tensor]:
+    """A value a token, [T]; their sums, divided by that of ``num_measured``, are means.
 
-    ``reverse_kl_tail`` merges everything outside the teacher's kept entries into one bucket: a
-    lower bound of the full KL. ``reverse_kl_sampled`` is ``r - 1 - log r`` of the sampled token,
-    ``r = q/p``: unbiased while the student is the policy that sampled. Without the log-probs that
-    the policy sampled with there are no weights.
+    ``support_mass`` is the student's on the teacher's kept entries. ``reverse_kl_tail`` merges
+    everything outside those into one bucket: a lower bound of the full KL. ``reverse_kl_sampled``
+    is ``r - 1 - log r`` of the sampled token, ``r = q/p``: unbiased while the student is the policy
+    that sampled. Without the log-probs that the policy sampled with there are no weights.
     """
-    sums = {
+    found = {
         "num_measured": torch.ones_like(student.view.entropy_T),
         "student_entropy": student.view.entropy_T,
     }
     if batch.sampling_T is not None:
-        sums["weight"] = (student.sampled_T - batch.sampling_T).exp()
-        sums["weight_squared"] = sums["weight"].square()
+        found["weight"] = (student.sampled_T - batch.sampling_T).exp()
+        found["weight_squared"] = found["weight"].square()
     if batch.teacher_sampled_T is not None:
         log_ratio_T = batch.teacher_sampled_T - student.sampled_T
-        sums["reverse_kl_sampled"] = log_ratio_T.exp() - 1 - log_ratio_T
+        found["reverse_kl_sampled"] = log_ratio_T.exp() - 1 - log_ratio_T
     if batch.teacher_entropy_T is not None:
-        sums["teacher_entropy"] = batch.teacher_entropy_T
-        sums["entropy_gap"] = (batch.teacher_entropy_T - student.view.entropy_T).abs()
+        found["teacher_entropy"] = batch.teacher_entropy_T
+        found["entropy_gap"] = (batch.teacher_entropy_T - student.view.entropy_T).abs()
     if student.topk_TK is not None:
-        sums |= _overlap_sums(batch, student)
-    return {name: values.double().sum() for name, values in sums.items()}
+        found |= _on_teachers_topk(batch, student)
+    return found
 
 
-def means(sums: dict[str, float]) -> dict[str, float]:
-    """Token-means of ``loss`` and of ``metric_sums``, and the staleness of the rollouts.
+def means(sums: Mapping[str, float]) -> dict[str, float]:
+    """Token-means of ``loss`` and of ``metric_values``, and the staleness of the rollouts.
 
     ``ess`` is the effective sample size of the ratios ``p_live / p_sampling`` as a share of the
     tokens: 1 while the student is the policy that sampled; absent where its log-probs are.
@@ -242,7 +243,7 @@ def _joined(tail_T: Tensor, logprobs_TK: Tensor, left_out_TK: Tensor) -> Tensor:
     return torch.logaddexp(tail_T, torch.logsumexp(entries_TK, dim=1))
 
 
-def _overlap_sums(batch: MicroBatch, student: Live) -> dict[str, Tensor]:
+def _on_teachers_topk(batch: MicroBatch, student: Live) -> dict[str, Tensor]:
     assert student.topk_TK is not None
     assert batch.topk_TK is not None
     assert batch.kept_TK is not None
@@ -253,6 +254,7 @@ def _overlap_sums(batch: MicroBatch, student: Live) -> dict[str, Tensor]:
     on_teacher = OnSupport(student.topk_TK, batch.topk_TK, batch.kept_TK, tail_T, batch.tail_T)
     return {
         "reverse_kl_tail": reverse_kl(with_tail(on_teacher)),
+        "support_mass": held_T,
         "overlap": shared_TK.float().mean(dim=1),
         "overlap_mass_student": (student.topk_TK.exp() * shared_TK).sum(dim=1),
         "overlap_mass_teacher": (batch.topk_TK.exp() * shared_TK).sum(dim=1),

@@ -1,8 +1,12 @@
-"""A run's metrics: one JSON object an update in ``metrics.jsonl``, and the same in TensorBoard."""
+"""A run's metrics: one JSON object an update in ``metrics.jsonl``, and the same in TensorBoard and,
+when asked for, trackio."""
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+from ..errors import ConfigError
 from ..runfolder import RunFolder
 
 
@@ -13,11 +17,16 @@ class MetricsLog:
         folder: the run's folder.
         first_update: number of the first update that will be logged; later ones are dropped from a
             log that a stopped run left behind.
+        trackio: project to log to as well.
+
+    Raises:
+        ConfigError: trackio is asked for and not installed.
     """
 
-    def __init__(self, folder: RunFolder, first_update: int) -> None:
+    def __init__(self, folder: RunFolder, first_update: int, trackio: str | None = None) -> None:
         from torch.utils.tensorboard.writer import SummaryWriter
 
+        self._tracked = None if trackio is None else _tracked(trackio, folder.path.name)
         self._path = folder.metrics_path
         kept = [row for row in folder.metrics() if row["update"] < first_update]
         draft = self._path.with_suffix(".tmp")
@@ -25,14 +34,52 @@ class MetricsLog:
         draft.replace(self._path)
         self._board = SummaryWriter(str(folder.path / "tensorboard"), purge_step=first_update)
 
-    def write(self, update: int, round_index: int, values: Mapping[str, float]) -> None:
-        """Log an update's metrics."""
-        row = {"update": update, "round": round_index, **values}
+    def write(
+        self,
+        update: int,
+        round_index: int,
+        values: Mapping[str, float],
+        by_position: Sequence[Mapping[str, float]] = (),
+        **places: str,
+    ) -> None:
+        """Log an update's metrics.
+
+        Args:
+            by_position: the same by depth, of completions with more than one chunk of it.
+            places: what is no number.
+        """
+        row: dict[str, Any] = {"update": update, "round": round_index, **_finite(values), **places}
+        if len(by_position) > 1:
+            row["by_position"] = [_finite(chunk) for chunk in by_position]
         with self._path.open("a") as file:
             file.write(json.dumps(row) + "\n")
-        for name, value in values.items():
+        curves = dict(values)
+        for chunk in by_position if len(by_position) > 1 else ():
+            depth = int(chunk["from"])
+            curves |= {f"{name}/{depth}": value for name, value in chunk.items() if name != "from"}
+        for name, value in curves.items():
             self._board.add_scalar(name, value, update)
+        if self._tracked is not None:
+            self._tracked.log({"round": round_index, **curves}, step=update)
 
     def close(self) -> None:
-        """Flush both logs."""
+        """Flush the logs."""
         self._board.close()
+        if self._tracked is not None:
+            self._tracked.finish()
+
+
+def _finite(values: Mapping[str, float]) -> dict[str, float | None]:
+    """JSON has no other numbers."""
+    return {name: value if math.isfinite(value) else None for name, value in values.items()}
+
+
+def _tracked(project: str, name: str) -> Any:
+    try:
+        import trackio
+    except ImportError as error:
+        raise ConfigError(
+            "trackio is not installed", where="train.trackio", remedy="pip install trackio"
+        ) from error
+    trackio.init(project=project, name=name, resume="allow")
+    return trackio

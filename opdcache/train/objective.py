@@ -8,9 +8,12 @@ from torch import Tensor
 
 from ..heads import StudentView
 from ..schemas.losses import LossConfig, TokensConfig, is_local
-from .live import ids_to_gather, live, loss_weights, metric_sums, on_support, within_support
+from .live import ids_to_gather, live, loss_weights, metric_values, on_support, within_support
 from .losses import token_losses
 from .samples import MicroBatch
+
+POSITIONS = 1024
+"""Places of a completion that are reported together (arXiv 2604.13016 looks at depth so)."""
 
 
 class Objective:
@@ -21,6 +24,7 @@ class Objective:
 
     Args:
         whole: what the update's loss is divided by.
+        longest: places of a completion at most.
         measure_every: where the loss does not need whole distributions, one token of so many is
             looked at for what is reported of them.
 
@@ -28,7 +32,9 @@ class Objective:
         ids_TK, within_TK, topk: what to ask the head for; see ``support_view``.
         is_local: whether the loss needs the logits of ``ids_TK`` alone.
         selects: whether ``select`` must be called first, with the view of all tokens.
-        sums: over the tokens so far; see ``live.means``.
+        sums: of the tokens so far, by the chunk of ``POSITIONS`` places of the completion that they
+            stand in, float64 [P]; see ``live.means``.
+        losses_B: float64, sums of the tokens' losses by completion, unweighted.
     """
 
     def __init__(
@@ -37,6 +43,7 @@ class Objective:
         tokens: TokensConfig,
         batch: MicroBatch,
         whole: float,
+        longest: int,
         measure_every: int = 1,
     ) -> None:
         self._loss, self._tokens, self._whole = loss, tokens, whole
@@ -45,6 +52,8 @@ class Objective:
         self.topk = loss.k
         self.is_local = is_local(loss)
         self.sums: dict[str, Tensor] = {}
+        self.losses_B = batch.weights_T.new_zeros(batch.num_sequences, dtype=torch.float64)
+        self._num_chunks = max(1, -(-longest // POSITIONS))
         by_loss = tokens.fraction < 1 and tokens.by == "divergence"
         self._weights_T = None if by_loss else loss_weights(tokens, batch, None) / whole
         self.selects = by_loss and not self.is_local
@@ -62,8 +71,8 @@ class Objective:
         batch = self.batch.cut(part)
         student = live(self._loss, batch, view)
         losses_C = token_losses(self._loss, on_support(self._loss, batch, student))
-        self._add(metric_sums(batch, student))
-        return self._weighted(losses_C, self._weights_T[part])
+        self._add(batch, metric_values(batch, student))
+        return self._weighted(batch, losses_C, self._weights_T[part])
 
     def of_logits(self, logits_TK: Tensor) -> Tensor:
         """The whole loss, a scalar, where it is local: the logits stand for log-probs, from which
@@ -72,26 +81,31 @@ class Objective:
         weights_T = self._weights_T
         if weights_T is None:
             weights_T = loss_weights(self._tokens, self.batch, losses_T) / self._whole
-        return self._weighted(losses_T, weights_T)
+        return self._weighted(self.batch, losses_T, weights_T)
 
     def measure(self, view: StudentView) -> None:
         """Add up what is reported of the distributions of the ``measured`` tokens."""
         batch = self.batch.cut(self.measured)
-        self._add(metric_sums(batch, live(self._loss, batch, view)))
+        self._add(batch, metric_values(batch, live(self._loss, batch, view)))
 
     def _losses(self, batch: MicroBatch, view: StudentView) -> Tensor:
         student = live(self._loss, batch, view)
         return token_losses(self._loss, on_support(self._loss, batch, student))
 
-    def _weighted(self, losses_C: Tensor, weights_C: Tensor) -> Tensor:
-        objective = (losses_C * weights_C).sum()
-        found = {"num_tokens": torch.ones_like(losses_C), "loss": losses_C, "objective": objective}
-        self._add({name: value.detach().double().sum() for name, value in found.items()})
-        return objective
+    def _weighted(self, batch: MicroBatch, losses_C: Tensor, weights_C: Tensor) -> Tensor:
+        weighted_C = losses_C * weights_C
+        seen_C = losses_C.detach().double()
+        found = {"num_tokens": torch.ones_like(seen_C), "loss": seen_C}
+        self._add(batch, found | {"objective": weighted_C.detach()})
+        self.losses_B.index_add_(0, batch.sequences_T, seen_C)
+        return weighted_C.sum()
 
-    def _add(self, sums: dict[str, Tensor]) -> None:
-        for name, value in sums.items():
-            self.sums[name] = self.sums.get(name, 0) + value
+    def _add(self, batch: MicroBatch, values_C: dict[str, Tensor]) -> None:
+        chunks_C = batch.places_T // POSITIONS
+        for name, values in values_C.items():
+            nothing_P = values.new_zeros(self._num_chunks, dtype=torch.float64)
+            sums_P = self.sums.setdefault(name, nothing_P)
+            sums_P.index_add_(0, chunks_C, values.double())
 
 
 def _bare(logits_TK: Tensor) -> StudentView:

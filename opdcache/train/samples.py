@@ -7,10 +7,11 @@ Legend: B sequences, L padded length, T completion tokens of the micro-batch, K 
 S recorded student entries, N drawn ids.
 """
 
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, fields
 from functools import lru_cache
-from typing import Any
+from heapq import heapreplace
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -53,8 +54,11 @@ class MicroBatch:
     that are masked are fed, and stand nowhere else. Absent columns are None.
 
     Attributes:
-        input_ids_BL: int64, padded on the right; what comes after all that predicts a
-            supervised token is not fed.
+        num_sequences: completions.
+        input_ids_BL: int64; what comes after all that predicts a supervised token is not fed. A
+            row a sequence, padded on the right; or all in one row, one after another.
+        position_ids_BL: int64, of packed sequences, each of which begins at 0; None of padded ones.
+        sequences_T, places_T: int64, which completion a token is of, and where it stands in it.
         weights_T: float32, how much each counts in the loss before any is chosen.
         sampled_T: int64, the supervised tokens.
         sampling_T: float32, log-prob under the distribution sampled from; None where an import
@@ -66,9 +70,13 @@ class MicroBatch:
         draw_ids_TN, draw_counts_TN: ids that the teacher drew, and how often; 0 past the last.
     """
 
+    num_sequences: int
     input_ids_BL: Tensor
+    position_ids_BL: Tensor | None
     rows_T: Tensor
     columns_T: Tensor
+    sequences_T: Tensor
+    places_T: Tensor
     weights_T: Tensor
     sampled_T: Tensor
     sampling_T: Tensor | None
@@ -91,9 +99,23 @@ class MicroBatch:
 
     def cut(self, part: slice) -> "MicroBatch":
         """The same sequences with some of the supervised tokens."""
-        names = (field.name for field in fields(self) if field.name != "input_ids_BL")
-        columns = {name: getattr(self, name) for name in names}
-        return replace(self, **{n: c[part] for n, c in columns.items() if c is not None})
+        return self._with(lambda column: column[part], lambda name: "_T" in name)
+
+    def pinned(self) -> "MicroBatch":
+        """In memory that an accelerator copies from while it computes."""
+        return self._with(lambda column: column.pin_memory())
+
+    def to(self, device: torch.device) -> "MicroBatch":
+        """On a device."""
+        return self._with(lambda column: column.to(device, non_blocking=True))
+
+    def _with(
+        self, change: Callable[[Tensor], Tensor], of: Callable[[str], bool] = lambda name: True
+    ) -> "MicroBatch":
+        """The same with some of the tensors changed."""
+        columns = {field.name: getattr(self, field.name) for field in fields(self)}
+        changed = {n: change(c) for n, c in columns.items() if isinstance(c, Tensor) and of(n)}
+        return MicroBatch(**columns | changed)
 
 
 class RoundSamples:
@@ -103,6 +125,7 @@ class RoundSamples:
         k: teacher and recorded entries a token that the loss looks at.
         mass: teacher entries are used until they hold this; a set that serves may hold more.
         rule: which tokens are supervised, beside the loss mask, and their weights.
+        packed: whether a micro-batch's sequences stand in one row.
     """
 
     def __init__(
@@ -113,9 +136,10 @@ class RoundSamples:
         k: int,
         mass: float = 1.0,
         rule: TokenRule = TokenRule(),  # noqa: B008  # it is frozen
+        packed: bool = False,
     ) -> None:
         self._cache, self._rollouts, self._scores = cache, rollouts.shards, scores
-        self._k, self._mass, self._rule = k, mass, rule
+        self._k, self._mass, self._rule, self._packed = k, mass, rule, packed
         rows = [shard.num_rows for shard in self._rollouts]
         self._starts = np.concatenate([[0], np.cumsum(rows)])
         self._shard = lru_cache(maxsize=_SHARDS_IN_MEMORY)(self._read)
@@ -129,17 +153,37 @@ class RoundSamples:
         return [int(i) for _ in range(epochs) for i in rng.permutation(len(self))]
 
     def micro_batches(self, samples: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
-        """Samples with tokens to supervise, grouped by length under a budget of padded tokens."""
+        """Samples with tokens to supervise, grouped by length under a budget of tokens fed, padding
+        included."""
         lengths = {i: self._length(i) for i in samples}
         order = sorted((i for i in samples if self._num_tokens(i)), key=lambda i: (-lengths[i], i))
         while order:
             size = max(1, max_tokens // lengths[order[0]])
+            if self._packed:
+                fed = np.cumsum([lengths[i] for i in order])
+                size = max(1, int(np.searchsorted(fed, max_tokens, side="right")))
             yield order[:size]
             order = order[size:]
+
+    def dealt(self, samples: Sequence[int], num_ranks: int) -> list[list[int]]:
+        """Samples with tokens to supervise, to each rank about as many tokens to feed: the longest
+        first, each to the rank that has least."""
+        ranks = [(0, rank, list[int]()) for rank in range(num_ranks)]
+        lengths = {i: self._length(i) for i in samples if self._num_tokens(i)}
+        for sample in sorted((i for i in samples if i in lengths), key=lambda i: (-lengths[i], i)):
+            num_tokens, rank, mine = ranks[0]
+            mine.append(sample)
+            heapreplace(ranks, (num_tokens + lengths[sample], rank, mine))
+        return [mine for _, _, mine in sorted(ranks, key=lambda held: held[1])]
 
     def num_tokens(self, samples: Sequence[int]) -> int:
         """Supervised tokens of the samples."""
         return sum(self._num_tokens(i) for i in samples)
+
+    def longest(self, samples: Sequence[int]) -> int:
+        """Places of a completion, up to the last supervised one, at most."""
+        within = (self._piece(i).within for i in samples)
+        return max((int(places[-1]) + 1 for places in within if len(places)), default=0)
 
     def weight(self, samples: Sequence[int]) -> float:
         """What the loss of the samples is to be divided by; see ``TokenRule.total``."""
@@ -176,18 +220,17 @@ class RoundSamples:
         shard, row = self._place(sample)
         return f"rollout shard {self._rollouts[shard].key[:12]} row {row}"
 
-    def collate(self, samples: Sequence[int], device: torch.device) -> MicroBatch:
-        """Tensors of the samples on the device; every sample has tokens to supervise."""
+    def collate(self, samples: Sequence[int]) -> MicroBatch:
+        """Tensors of the samples; every sample has tokens to supervise."""
         pieces = [self._piece(i) for i in samples]
         fed = [p.fed for p in pieces]
-        padded = np.zeros((len(fed), max(len(ids) for ids in fed)), np.int64)
-        for row, ids in enumerate(fed):
-            padded[row, : len(ids)] = ids
-        rows = [np.full(len(p.within), i) for i, p in enumerate(pieces)]
+        lay = _packed if self._packed else _padded
+        input_ids, position_ids, starts = lay(fed)
+        sequences = [np.full(len(p.within), i) for i, p in enumerate(pieces)]
         columns = [len(p.prompt) - 1 + p.within for p in pieces]
 
         def needed(values: Sequence[NDArray[Any]]) -> Tensor:
-            return torch.from_numpy(np.concatenate(values)).to(device)
+            return torch.from_numpy(np.concatenate(values))
 
         def joined(values: Sequence[NDArray[Any] | None]) -> Tensor | None:
             present = [value for value in values if value is not None]
@@ -198,9 +241,13 @@ class RoundSamples:
         recorded = [own for p in pieces if (own := p.recorded(self._k)) is not None]
         draws = [drawn for p in pieces if (drawn := p.draws()) is not None]
         return MicroBatch(
-            input_ids_BL=torch.from_numpy(padded).to(device),
-            rows_T=needed(rows),
-            columns_T=needed(columns),
+            num_sequences=len(pieces),
+            input_ids_BL=torch.from_numpy(input_ids),
+            position_ids_BL=None if position_ids is None else torch.from_numpy(position_ids),
+            rows_T=needed([np.full_like(c, s.row) for c, s in zip(columns, starts, strict=True)]),
+            columns_T=needed([c + s.column for c, s in zip(columns, starts, strict=True)]),
+            sequences_T=needed(sequences),
+            places_T=needed([p.within for p in pieces]),
             weights_T=needed([p.weights for p in pieces]),
             sampled_T=needed([p.completion[p.within].astype(np.int64) for p in pieces]),
             sampling_T=joined([p.sampling() for p in pieces]),
@@ -251,6 +298,33 @@ class RoundSamples:
             supervised=shards.supervised_tokens(table),
             scores=self._cache.open_score_set(scored.content, scored.teacher, scored.served).read(),
         )
+
+
+class _Start(NamedTuple):
+    """Where a sequence begins among the tokens fed."""
+
+    row: int
+    column: int
+
+
+_Laid = tuple[NDArray[np.int64], NDArray[np.int64] | None, list[_Start]]
+"""Token ids, position ids, and where each sequence begins."""
+
+
+def _padded(fed: Sequence[NDArray[np.int32]]) -> _Laid:
+    """A row a sequence."""
+    ids = np.zeros((len(fed), max(map(len, fed))), np.int64)
+    for row, sequence in enumerate(fed):
+        ids[row, : len(sequence)] = sequence
+    return ids, None, [_Start(row, 0) for row in range(len(fed))]
+
+
+def _packed(fed: Sequence[NDArray[np.int32]]) -> _Laid:
+    """All sequences in one row, told apart by their position ids."""
+    lengths = [len(sequence) for sequence in fed]
+    ids = np.concatenate(fed).astype(np.int64)[None]
+    positions = np.concatenate([np.arange(length) for length in lengths])[None]
+    return ids, positions, [_Start(0, int(s)) for s in np.cumsum([0, *lengths[:-1]])]
 
 
 def _alike(entries: Sequence[NDArray[Any]]) -> list[NDArray[Any]]:

@@ -3,9 +3,10 @@
 import os
 import time
 from collections import Counter
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterable
+from contextlib import closing, nullcontext
 from dataclasses import replace
+from itertools import groupby
 
 import torch
 
@@ -18,9 +19,10 @@ from ..served import refuse_unserved
 from ..stage import interrupts
 from ..store.upkeep import quarantining
 from .learner import Learner, Position, Saved
-from .live import means
+from .loading import Loading, Share, Update
 from .metrics import MetricsLog
 from .objective import Objective
+from .reports import Report, below, is_spike
 from .samples import RoundSamples
 from .weights import TokenRule
 
@@ -33,7 +35,7 @@ def run(context: RunContext, round_index: int) -> TrainRound:
         RunChanged: the saved state is of other shards, or of another number of ranks.
         Held: another process trains this run.
         Interrupted: stopped on request, after a checkpoint.
-        EngineError: the loss is not finite.
+        EngineError: more gradients than ``train.max_skipped`` are not finite.
     """
     done = context.folder.find(TrainRound, round_index)
     if done is not None:
@@ -65,6 +67,8 @@ def _train(context: RunContext, round_index: int) -> None:
                 num_updates=position.num_updates,
                 num_samples=position.num_samples,
                 num_tokens=position.num_tokens,
+                num_skipped=position.num_skipped,
+                ended_early=position.ended_early,
                 dropped=training.dropped,
                 elapsed_s=round(position.elapsed_s, 3),
             )
@@ -77,25 +81,37 @@ class _Training:
 
     def __init__(self, context: RunContext, round_index: int) -> None:
         config = context.config
-        folder = context.folder
         self._context, self._round, self._started = context, round_index, time.monotonic()
         self._loss, self._train = config.train.loss, config.train
-        rollouts = folder.need(RolloutRound, round_index)
-        scores = folder.need(ScoreRound, round_index)
-        refuse_unserved(context, rollouts)
+        rollouts, scores = _pinned(context, self._train.trained_rounds(round_index))
         self._contents = digest([shard.content for shard in rollouts.shards])
         self._samples = RoundSamples(
-            context.cache, rollouts, scores, self._loss.k, config.score.mass, self._rule()
+            context.cache,
+            rollouts,
+            scores,
+            self._loss.k,
+            config.score.mass,
+            self._rule(),
+            self._train.packs,
         )
         self._order, self._unfit = self._ordered()
-        self._num_updates = -(-len(self._order) // self._train.batch_samples)
+        num_updates = -(-len(self._order) // self._train.batch_samples)
         context.progress.say(f"starting DeepSpeed for {context.student(round_index).name}")
         self.learner = Learner(
-            context.student(round_index),
-            self._train,
-            total_updates=self._num_updates * config.rounds,
+            context.student(round_index), self._train, total_updates=num_updates * config.rounds
+        )
+        self._loading = Loading(
+            self._samples,
+            self._order,
+            batch_samples=self._train.batch_samples,
+            max_tokens=self._train.micro_batch_tokens,
+            rank=self.learner.rank,
+            num_ranks=self.learner.world_size,
+            pin=self.learner.device.type != "cpu",
         )
         self._position = self._resume()
+        self._lap = time.monotonic()
+        self._losses: list[float] = []
         self._stop = self._stop_agreed = False
 
     def _rule(self) -> TokenRule:
@@ -107,8 +123,10 @@ class _Training:
     @property
     def dropped(self) -> dict[str, int]:
         """Samples that were not trained on, by reason."""
-        nothing = Counter(why for i in self._order if (why := self._samples.why_dropped(i)))
-        return {**self._unfit, **nothing}
+        reached = self._order[: self._position.num_samples]
+        nothing = Counter(why for i in reached if (why := self._samples.why_dropped(i)))
+        after = Counter({"round ended early": len(self._order) - len(reached)})
+        return {**self._unfit, **nothing, **+after}
 
     def _ordered(self) -> tuple[list[int], Counter[str]]:
         """Samples in training order, and counts of those that ``train.drop`` leaves out.
@@ -129,13 +147,19 @@ class _Training:
 
     def updates(self) -> Position:
         """Do the updates that are left; ends with a checkpoint at the round's end."""
-        progress, left = self._context.progress, self._num_updates - self._position.next_update
+        progress, first = self._context.progress, self._position.next_update
+        num_updates = self._loading.num_updates
         log = self._log()
-        progress.begin(f"round {self._round} train", left, "updates")
+        progress.begin(f"round {self._round} train", num_updates - first, "updates")
         try:
-            with interrupts(self._ask_to_stop):
-                while self._position.next_update < self._num_updates:
-                    self._update(log)
+            with (
+                interrupts(self._ask_to_stop),
+                closing(self._loading.shares(first)) as shares,  # type: ignore[type-var]
+            ):
+                for update, mine in groupby(shares, key=lambda share: share[0].update):
+                    if self._position.ended_early:
+                        break
+                    self._update(update, mine, log)
                     if self._stop_agreed:
                         self._save()
                         raise Interrupted(
@@ -189,7 +213,7 @@ class _Training:
     def _log(self) -> MetricsLog | None:
         if self.learner.rank != 0:
             return None
-        return MetricsLog(self._context.folder, self._position.num_updates)
+        return MetricsLog(self._context.folder, self._position.num_updates, self._train.trackio)
 
     def _ask_to_stop(self) -> None:
         self._stop = True
@@ -200,79 +224,119 @@ class _Training:
         self._position = replace(self._position, elapsed_s=elapsed)
         self.learner.save(self._context.folder.checkpoints, self._position)
 
-    def _update(self, log: MetricsLog | None) -> None:
+    def _update(
+        self, update: Update, mine: Iterable[tuple[Share, float]], log: MetricsLog | None
+    ) -> None:
         """One optimizer update: the mean of the loss over all ranks and micro-batches."""
-        began = time.monotonic()
-        size, position = self._train.batch_samples, self._position
-        batch = self._order[position.next_update * size : (position.next_update + 1) * size]
-        num_tokens = self._samples.num_tokens(batch)
-        if num_tokens == 0:
-            self._stop_agreed = self._any_rank_stops()
-        else:
-            sums = self._accumulate(batch)
-            objective = sums.pop("objective")
-            lr = self.learner.lr
-            norm = self.learner.step()
-            values = {**means(sums), "objective": objective, "grad_norm": norm, "lr": lr}
-            values["num_tokens"] = num_tokens
-            values["tokens_per_s"] = num_tokens / (time.monotonic() - began)
-            if log is not None:
-                log.write(position.num_updates, self._round, values)
-        self._position = replace(
-            position,
-            next_update=position.next_update + 1,
-            num_updates=position.num_updates + bool(num_tokens),
-            num_samples=position.num_samples + len(batch),
-            num_tokens=position.num_tokens + num_tokens,
-        )
-        self._context.progress.advance(1, num_tokens)
-
-    def _accumulate(self, batch: Sequence[int]) -> dict[str, float]:
-        """Gradients of an update's batch; metric sums over all ranks.
-
-        The loss is divided by the weight of all its tokens: known before any forward, and the same
-        on every rank.
-        """
-        tokens, whole = self._train.tokens, self._samples.weight(batch)
-        if whole == 0:
+        position, report = self._position, Report()
+        lr = self.learner.lr
+        if update.num_tokens and not update.weight:
             raise ConfigError(
                 "train.tokens.half_life leaves no weight on any token of an update",
-                where=f"round {self._round} update {self._position.next_update}",
+                where=f"round {self._round} update {update.index}",
                 remedy="raise it",
             )
-        totals: dict[str, torch.Tensor] = {}
-        for samples, weight in self._shares(batch):
-            micro = self._samples.collate(samples, self.learner.device)
-            every = self._train.measure_every
-            objective = Objective(self._loss, tokens, micro, whole, every)
-            self.learner.backward(self.learner.loss(objective) * weight)
-            for name, value in objective.sums.items():
-                totals[name] = totals.get(name, 0) + weight * value
+        for share, waited_s in mine:
+            self._accumulate(share, report)
+            report.waited_s += waited_s
         self._stop_agreed = self._any_rank_stops()
-        summed = self.learner.sum(torch.stack([v.double() for v in totals.values()]))
-        if not torch.isfinite(summed).all():
-            raise EngineError(
-                "the loss or a statistic is not finite",
-                where=f"round {self._round} update {self._position.next_update}, "
-                f"{self._samples.where(batch[0])} and the {len(batch) - 1} samples after it",
-                remedy="lower the learning rate, or look at that shard",
+        norm = self._finish(update, report) if update.num_tokens else None
+        self._position = replace(
+            position,
+            next_update=update.index + 1,
+            num_updates=position.num_updates + (norm is not None),
+            num_samples=position.num_samples + len(update.samples),
+            num_tokens=position.num_tokens + update.num_tokens,
+            num_skipped=position.num_skipped + (update.num_tokens > 0 and norm is None),
+        )
+        elapsed, self._lap = time.monotonic() - self._lap, time.monotonic()
+        if norm is not None:
+            values = report.values(norm, lr, update.num_tokens, elapsed)
+            self._look_at(values, report)
+            if log is not None:
+                log.write(
+                    position.num_updates,
+                    self._round,
+                    values | {"worst_loss": report.worst_loss},
+                    report.by_position,
+                    worst_sample=report.worst_sample,
+                )
+        elif update.num_tokens:
+            self._skip(update, report)
+        self._context.progress.advance(1, update.num_tokens)
+
+    def _accumulate(self, share: Share, report: Report) -> None:
+        """A micro-batch's gradient, divided by the weight of the whole update's tokens, which is
+        known before any forward."""
+        if share.batch is None:
+            return
+        objective = Objective(
+            self._loss,
+            self._train.tokens,
+            share.batch.to(self.learner.device),
+            share.update.weight,
+            share.update.longest,
+            self._train.measure_every,
+        )
+        self.learner.backward(self.learner.loss(objective) * share.weight)
+        report.add(objective, share)
+
+    def _finish(self, update: Update, report: Report) -> float | None:
+        """Update the weights; the gradient's norm, None where it is not finite."""
+        report.sum_over_ranks(self.learner.sum)
+        worst = self.learner.gathered(report.worst(self._samples.num_tokens))
+        sample, report.worst_loss = worst[worst[:, 1].argmax()].tolist()
+        report.worst_sample = self._samples.where(int(sample))
+        return self.learner.step()
+
+    def _look_at(self, values: dict[str, float], report: Report) -> None:
+        """Say a spike of the loss; end the round where the rollouts have become too old."""
+        loss, where = values["loss"], f"update {self._position.next_update} of round {self._round}"
+        if is_spike(loss, self._losses, self._train.spike_factor):
+            self._context.progress.say(
+                f"{where}: the loss jumps to {loss:.3g}; largest on {report.worst_sample}"
             )
-        return dict(zip(totals, summed.tolist(), strict=True))
+        self._losses = [*self._losses[-20:], loss]
+        why = below(self._train.end_round, values)
+        if why is not None and self._position.next_update < self._loading.num_updates:
+            self._context.progress.say(f"{where} ends it: {why}")
+            self._position = replace(self._position, ended_early=why)
+
+    def _skip(self, update: Update, report: Report) -> None:
+        """Count an update whose gradient was thrown away.
+
+        Raises:
+            EngineError: it is one too many.
+        """
+        where = f"round {self._round} update {update.index}, likely {report.worst_sample}"
+        if self._position.num_skipped > self._train.max_skipped:
+            raise EngineError(
+                "the gradient is not finite",
+                where=where,
+                expected=f"{self._train.max_skipped} such updates a round at most",
+                got=self._position.num_skipped,
+                remedy="lower the learning rate, or look at that sample",
+            )
+        self._context.progress.say(f"{where}: skipped, the gradient is not finite")
 
     def _any_rank_stops(self) -> bool:
         """Ranks stop after the same update, whichever of them was asked to."""
         asked = torch.tensor(float(self._stop), device=self.learner.device)
         return bool(self.learner.sum(asked) > 0)
 
-    def _shares(self, batch: Sequence[int]) -> list[tuple[list[int], int]]:
-        """This rank's micro-batches, with weight 1.
 
-        Ranks take the same number of backward passes: the collectives of ZeRO need that. A rank
-        with fewer micro-batches repeats a sample of the batch with weight 0.
-        """
-        world, budget = self.learner.world_size, self._train.micro_batch_tokens
-        ranks = [list(self._samples.micro_batches(batch[r::world], budget)) for r in range(world)]
-        most = max(len(micro) for micro in ranks)
-        filler = next(micro[0][:1] for micro in ranks if micro)
-        mine = ranks[self.learner.rank]
-        return [(samples, 1) for samples in mine] + [(filler, 0)] * (most - len(mine))
+def _pinned(context: RunContext, rounds: Iterable[int]) -> tuple[RolloutRound, ScoreRound]:
+    """What the last of these rounds has, with the shards of the others before its own.
+
+    Raises:
+        InputsMissing: one of them is not scored.
+        LossError: its rollouts cannot serve the loss.
+    """
+    rollouts = [context.folder.need(RolloutRound, index) for index in rounds]
+    scores = [context.folder.need(ScoreRound, file.round) for file in rollouts]
+    for file in rollouts:
+        refuse_unserved(context, file)
+    return (
+        rollouts[-1].model_copy(update={"shards": tuple(s for f in rollouts for s in f.shards)}),
+        scores[-1].model_copy(update={"shards": tuple(s for f in scores for s in f.shards)}),
+    )
