@@ -44,6 +44,12 @@ from opdcache.score import stage
 from opdcache.store import rollouts as shards
 
 KS = (16, 64)
+LOSSES = {
+    f"{k}{suffix}": LossConfig(k=k, normalisation=normalisation)
+    for normalisation, suffix in (("tail", ""), ("renormalised", "_renormalised"))
+    for k in KS
+}
+"""The learner's losses: reverse KL on the teacher's top-k, the rest in a bucket or left out."""
 WIDTH = 64
 """D of the memory's measure: what it is small beside, [T, V], does not hang on it."""
 
@@ -64,12 +70,14 @@ class Data:
     Attributes:
         batches: samples of each micro-batch.
         whole: token ids of each sample; ``starts``: where its completion begins.
+        budget: tokens of a micro-batch at most, padding included.
     """
 
     samples: Any
     batches: list[list[int]]
     whole: list[list[int]]
     starts: list[int]
+    budget: int
 
     @property
     def num_tokens(self) -> int:
@@ -92,7 +100,7 @@ def scored(home: Path, case: Case, sequences: int, supervised: float, budget: in
     completions = table.column("completion_token_ids").to_pylist()
     whole = [p + c for p, c in zip(prompts, completions, strict=True)]
     batches = list(samples.micro_batches(range(len(samples)), budget))
-    return Data(samples, batches, whole, [len(p) for p in prompts])
+    return Data(samples, batches, whole, [len(p) for p in prompts], budget)
 
 
 class Dense:
@@ -175,22 +183,25 @@ class Ours:
         self._learner, self._data = Learner(student, config, total_updates=1000), data
         self.waited_s = 0.0
 
-    def gradients(self, k: int) -> None:
-        """Forward and backward of an update."""
+    def gradients(self, loss: LossConfig) -> None:
+        """Forward and backward of an update, read as the stage reads it."""
+        from opdcache.train.loading import Loading
         from opdcache.train.objective import Objective
 
-        loss, learner, data = LossConfig(k=k), self._learner, self._data
-        data.samples._k = k
-        for rows in data.batches:
-            began = time.perf_counter()
-            micro = data.samples.collate(rows, learner.device)
-            self.waited_s += time.perf_counter() - began
-            objective = Objective(loss, TokensConfig(), micro, data.num_tokens)
+        learner, samples, num = self._learner, self._data.samples, len(self._data.whole)
+        samples._k = loss.k
+        loading = Loading(samples, range(num), batch_samples=num, max_tokens=self._data.budget)
+        for share, waited_s in loading.shares(0):
+            self.waited_s += waited_s
+            assert share.batch is not None
+            batch, update = share.batch.to(learner.device), share.update
+            every = TrainConfig().measure_every
+            objective = Objective(loss, TokensConfig(), batch, update.weight, update.longest, every)
             learner.backward(learner.loss(objective))
 
-    def step(self, k: int) -> None:
+    def step(self, loss: LossConfig) -> None:
         """One update."""
-        self.gradients(k)
+        self.gradients(loss)
         self._learner.step()
 
     def flat_gradient(self) -> Any:
@@ -218,17 +229,17 @@ def rates(case: Case, student: Path, asked: argparse.Namespace) -> dict[str, Any
         exact = torch.cat([p.grad.flatten().float() for p in dense.model.parameters()])
         dense._optimizer.zero_grad()
         cosine = {}
-        for k in KS:
-            ours.gradients(k)
-            found = ours.flat_gradient()
-            cosine[k] = float(torch.nn.functional.cosine_similarity(found, exact, dim=0))
+        for name, loss in LOSSES.items():
+            ours.gradients(loss)
+            gradient = ours.flat_gradient()
+            cosine[name] = float(torch.nn.functional.cosine_similarity(gradient, exact, dim=0))
         turns: dict[str, list[float]] = {}
-        waited: dict[int, float] = dict.fromkeys(KS, 0.0)
+        waited = dict.fromkeys(LOSSES, 0.0)
         measures: list[tuple[str, Callable[[], None]]] = [
             ("bare_body", dense.bare_body),
             ("dense", dense.step),
             ("usual", lambda: dense.step(every=True)),
-            *((f"ours_{k}", lambda k=k: ours.step(k)) for k in KS),
+            *((f"ours_{name}", lambda loss=loss: ours.step(loss)) for name, loss in LOSSES.items()),
         ]
         for _ in range(asked.repeats):
             for name, measure in measures:
@@ -236,17 +247,17 @@ def rates(case: Case, student: Path, asked: argparse.Namespace) -> dict[str, Any
                 measure()
                 turns.setdefault(name, []).append(time.perf_counter() - began)
                 if name.startswith("ours_"):
-                    waited[int(name.removeprefix("ours_"))] += ours.waited_s
+                    waited[name.removeprefix("ours_")] += ours.waited_s
     found = {name: data.num_tokens / median(of) for name, of in turns.items()}
     return {
         "num_tokens": data.num_tokens,
         "num_read_tokens": sum(map(len, data.whole)) - len(data.whole),
         **{f"{name}_tokens_per_s": value for name, value in found.items()},
-        "speedup_over_dense": {k: found[f"ours_{k}"] / found["dense"] for k in KS},
-        "speedup_over_usual": {k: found[f"ours_{k}"] / found["usual"] for k in KS},
-        "over_bare_body": {k: found[f"ours_{k}"] / found["bare_body"] for k in KS},
+        "speedup_over_dense": {k: found[f"ours_{k}"] / found["dense"] for k in LOSSES},
+        "speedup_over_usual": {k: found[f"ours_{k}"] / found["usual"] for k in LOSSES},
+        "over_bare_body": {k: found[f"ours_{k}"] / found["bare_body"] for k in LOSSES},
         "gradient_cosine": cosine,
-        "data_wait_fraction": {k: waited[k] / sum(turns[f"ours_{k}"]) for k in KS},
+        "data_wait_fraction": {k: waited[k] / sum(turns[f"ours_{k}"]) for k in LOSSES},
     }
 
 
@@ -254,7 +265,7 @@ def memory(what: str, num_tokens: int, vocab_size: int, k: int, chunk: int) -> d
     """Peak bytes of one loss and its gradient, above those of its inputs and results."""
     import torch
 
-    from opdcache.heads import support_view
+    from opdcache.heads import StudentView, support_loss
 
     made = torch.Generator().manual_seed(0)
     hidden_TD = torch.randn(num_tokens, WIDTH, generator=made).requires_grad_()
@@ -271,8 +282,12 @@ def memory(what: str, num_tokens: int, vocab_size: int, k: int, chunk: int) -> d
         log_p = torch.log_softmax(hidden_TD @ weight_VD.T, dim=1)
         loss = (log_p.exp() * (log_p - teacher_TV)).sum()
     else:
-        view = support_view(hidden_TD, weight_VD, ids_TK, within_TK=within_TK, chunk_tokens=chunk)
-        loss = view.logprobs_TK.exp().sum() + view.tail_T.sum()
+
+        def some_loss(view: StudentView, part: slice) -> Any:
+            return view.logprobs_TK.exp().sum() + view.tail_T.sum()
+
+        sides = hidden_TD, weight_VD, ids_TK
+        loss = support_loss(*sides, some_loss, within_TK=within_TK, chunk_tokens=chunk)
     loss.backward()  # type: ignore[no-untyped-call]
     del held
     return {"peak_bytes": resident("VmHWM") - before}
@@ -322,7 +337,9 @@ def main() -> None:
     parser.add_argument("--student", type=Path)
     parser.add_argument("--teacher", type=Path)
     parser.add_argument("--rollouts", type=Path, nargs="+")
-    parser.add_argument("--sequences", type=int, default=24, help="of the first rollouts")
+    parser.add_argument(
+        "--sequences", type=int, default=TrainConfig().batch_samples, help="of the first rollouts"
+    )
     parser.add_argument("--supervised", type=float, default=0.6)
     parser.add_argument("--dtype", help="the demo's, or bfloat16")
     parser.add_argument("--micro-batch-tokens", type=int, default=1024)
