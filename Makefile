@@ -28,7 +28,7 @@ types: setup
 	rm -rf build/types && mkdir -p build/types/opdcache
 	ln -s $(CURDIR)/opdcache/* $(CURDIR)/cli $(CURDIR)/jobs $(CURDIR)/schemas build/types/opdcache/
 	ln -s $(CURDIR)/benchmarks build/types/
-	cd build/types && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache -p opdcache -p benchmarks
+	cd build/types && $(abspath $(BIN))/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache -p opdcache -p benchmarks
 
 unit: setup
 	$(BIN)/pytest -n 2 -m "not engine and not s3 and not slow and not gpu"
