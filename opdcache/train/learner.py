@@ -6,6 +6,8 @@ Legend: B sequences, L padded length, T completion tokens, K support.
 import math
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import ModelError, StoreFull
+from ..errors import EngineError, ModelError, StoreFull
 from ..heads import StudentView, split_head, support_logits, support_loss, support_view
 from ..identity import tokenizer_files
 from ..models import default_device, load_model
@@ -59,7 +61,7 @@ class Saved:
     Attributes:
         round: round in training when it was saved.
         num_updates: updates of the run that were done.
-        num_ranks: ranks that saved it; as many must load it.
+        num_ranks: ranks that saved it.
     """
 
     round: int
@@ -175,6 +177,7 @@ class Learner:
         scheduler = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda done: lr_factor(config.optimizer, done, total_updates)
         )
+        self._optimizer = optimizer
         self._engine: Any = deepspeed.initialize(
             model=student,
             optimizer=optimizer,
@@ -240,8 +243,29 @@ class Learner:
                     shutil.rmtree(old)
 
     def load(self, checkpoints: Path) -> Position:
-        """Take up the newest saved state."""
-        _, state = self._engine.load_checkpoint(str(checkpoints))
+        """Take up the newest saved state, of however many ranks.
+
+        Without ZeRO every rank holds all of it. With ZeRO each holds a part, and another number of
+        ranks takes it from DeepSpeed's universal format, which is made for the moment.
+        """
+        saved = Saved.newest(checkpoints)
+        assert saved is not None
+        if self._config.zero_stage == 0 or saved.num_ranks == self.world_size:
+            _, state = self._engine.load_checkpoint(str(checkpoints))
+            return Position(**state["position"])
+        universal = checkpoints / "universal"
+        if self.rank == 0:
+            with _space(checkpoints):
+                _make_universal(checkpoints / saved.tag, universal)
+        self.barrier()
+        self._engine._config.load_universal_checkpoint = True
+        _, state = self._engine.load_checkpoint(str(universal), tag=saved.tag)
+        for weight, moments in self._optimizer.state.items():
+            # DeepSpeed gives all parts of the weights one count, on the CPU.
+            moments["step"] = moments["step"].to(weight.device, copy=True)
+        self.barrier()
+        if self.rank == 0:
+            shutil.rmtree(universal)
         return Position(**state["position"])
 
     def export(self, folder: Path) -> None:
@@ -330,6 +354,30 @@ def _init_distributed() -> None:
         world_size=1,
     )
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+
+
+def _make_universal(saved: Path, folder: Path) -> None:
+    """Convert a saved state, below a folder that is made anew; what was saved stays as it is.
+
+    Raises:
+        EngineError: DeepSpeed cannot.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal"]
+    places = ["--input_folder", str(saved), "--output_folder", str(folder / saved.name)]
+    done = subprocess.run(
+        [*command, *places, "--inject_missing_state"],
+        env={k: v for k, v in os.environ.items() if k != "RANK"} | {"DS_ACCELERATOR": "cpu"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        raise EngineError(
+            f"DeepSpeed cannot convert the learner's state: {done.stderr.strip()[-300:]}",
+            where=saved,
+            remedy="launch as many ranks as the folder's name says",
+        )
 
 
 def _model_state(state: dict[str, Tensor]) -> dict[str, Tensor]:

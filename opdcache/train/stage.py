@@ -32,7 +32,7 @@ def run(context: RunContext, round_index: int) -> TrainRound:
 
     Raises:
         InputsMissing: the round is not scored, or the learner's state is gone.
-        RunChanged: the saved state is of other shards, or of another number of ranks.
+        RunChanged: the saved state is of other shards.
         Held: another process trains this run.
         Interrupted: stopped on request, after a checkpoint.
         EngineError: more gradients than ``train.max_skipped`` are not finite.
@@ -190,14 +190,6 @@ class _Training:
             )
         if found.round < self._round and self._train.fresh_optimizer:
             return Position(self._round, self._contents, num_updates=found.num_updates)
-        if found.num_ranks != self.learner.world_size:
-            raise RunChanged(
-                "the learner's state was saved on another number of ranks",
-                where=checkpoints / found.tag,
-                expected=found.num_ranks,
-                got=self.learner.world_size,
-                remedy="launch as many, or set train.fresh_optimizer for the next round",
-            )
         position = self.learner.load(checkpoints)
         if found.round < self._round:
             return Position(self._round, self._contents, num_updates=position.num_updates)
