@@ -36,6 +36,18 @@ def worker_option(function: Command) -> Command:
     return option(function)
 
 
+def num_ranks_option(function: Command) -> Command:
+    """--nproc N."""
+    option = click.option(
+        "--nproc",
+        "num_ranks",
+        type=click.IntRange(min=1),
+        metavar="N",
+        help="start N ranks of the learner on this machine",
+    )
+    return option(function)
+
+
 def parse_worker(text: str) -> "Worker":
     """``i/n`` as a worker."""
     from ..stage import Worker

@@ -4,17 +4,18 @@ from pathlib import Path
 
 import click
 
-from .common import run_file
+from .common import num_ranks_option, run_file
 
 
 @click.command("run")
 @run_file
+@num_ranks_option
 @click.pass_context
-def command(context: click.Context, run_file: Path) -> None:
+def command(context: click.Context, run_file: Path, num_ranks: int | None) -> None:
     """Alternate rollout, score and train over all rounds, each stage in a process of its own.
 
     Stages that are done are left alone, so the same command goes on after any interruption.
     """
     from ..jobs.local import run
 
-    context.exit(run(run_file))
+    context.exit(run(run_file, num_ranks))

@@ -4,21 +4,24 @@ A stage in a process of its own gives all its memory back before the next model 
 """
 
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
 
-from ..errors import StageError
 from ..rounds import steps
 from ..runfile import load_run
 from ..runfolder import RunFolder
 from ..stage import interrupts
 from ..store.cache import Cache
+from .ranks import ended_by_signal, threads_each
 
 
-def run(run_file: Path) -> int:
-    """Run every stage that is not done, in order; the exit code of the first that fails, or 0."""
+def run(run_file: Path, num_ranks: int | None = None) -> int:
+    """Run every stage that is not done, in order; the exit code of the first that fails, or 0.
+
+    Args:
+        num_ranks: of each train stage; by default it is a single process.
+    """
     config = load_run(run_file)
     assert config.output is not None
     folder = RunFolder(Path(config.output))
@@ -27,34 +30,31 @@ def run(run_file: Path) -> int:
     if not left:
         print(f"all {config.rounds} rounds are done, nothing to do", file=sys.stderr)
     for step in left:
-        code = run_command(step.stage, str(run_file), "--round", str(step.round))
+        ranks = num_ranks if step.stage == "train" else None
+        options = ["--round", str(step.round), *(["--nproc", str(ranks)] if ranks else [])]
+        code = run_command(step.stage, str(run_file), *options, num_processes=ranks or 1)
         if code:
             return code
     return 0
 
 
-def run_command(*arguments: str) -> int:
+def run_command(*arguments: str, num_processes: int = 1) -> int:
     """One ``opdcache`` command in a process of its own; its exit code.
 
     A signal that stops this process stops the command first, gracefully.
+
+    Args:
+        num_processes: among which the command divides the cores.
 
     Raises:
         StageError: a signal ended it.
     """
     command = [sys.executable, "-m", "opdcache.cli.main", *arguments]
-    process = subprocess.Popen(command, env=_environment())
+    # All cores for the one worker: vLLM would otherwise take a single thread.
+    threads = {"OMP_NUM_THREADS": str(threads_each(num_processes))}
+    process = subprocess.Popen(command, env={**threads, **os.environ})
     with interrupts(process.terminate):
         code = process.wait()
     if code < 0:
-        raise StageError(
-            f"'opdcache {arguments[0]}' was ended by {signal.Signals(-code).name}",
-            remedy="run the same command to go on"
-            + (", with smaller batches if memory ran out" if -code == signal.SIGKILL else ""),
-        )
+        raise ended_by_signal(f"'opdcache {arguments[0]}'", code)
     return code
-
-
-def _environment() -> dict[str, str]:
-    """All cores for the one worker: vLLM would otherwise take a single thread."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return {"OMP_NUM_THREADS": str(cores or 1), **os.environ}

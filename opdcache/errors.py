@@ -25,7 +25,8 @@
         ├── Interrupted       OPD403  exit 75  stopped on request; run again to go on
         ├── Held              OPD404  exit 75  another process is at it
         ├── Unanswered        OPD405  exit 75  a served teacher does not answer
-        └── BudgetSpent       OPD406           the run may send no more teacher tokens
+        ├── BudgetSpent       OPD406           the run may send no more teacher tokens
+        └── RankLost          OPD407  exit 75  another rank of the learner ended
 
 Codes are append-only. A message is one line: where, what, expected and found, what to
 do next.
@@ -225,3 +226,10 @@ class BudgetSpent(StageError):
     """What is left to score would send more tokens to the teacher than the run may."""
 
     code = "OPD406"
+
+
+class RankLost(StageError):
+    """Another rank of the learner ended, so that this one cannot go on."""
+
+    code = "OPD407"
+    exit_code = 75

@@ -159,6 +159,8 @@ class Learner:
         import deepspeed
 
         _init_distributed()
+        if self.device.type != "cpu":
+            torch.accelerator.set_device_index(int(os.environ["LOCAL_RANK"]))
         attention = {"attn_implementation": config.attention} if config.attention else None
         model = load_model(folder, config.dtype, self.device, attention)
         _, head = split_head(model, folder)
@@ -241,6 +243,7 @@ class Learner:
             for old in checkpoints.iterdir():
                 if old.is_dir() and old.name != tag:
                     shutil.rmtree(old)
+        self.barrier()  # a launcher takes the first rank that ends for a sign to end all
 
     def load(self, checkpoints: Path) -> Position:
         """Take up the newest saved state, of however many ranks.
