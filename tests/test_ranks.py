@@ -149,7 +149,7 @@ def test_an_error_that_every_rank_meets_is_shown_once(
 def test_a_rank_that_lost_another_does_not_hide_why(
     instead: Instead, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    instead('[ $RANK = 1 ] || exit 75\necho "error: no memory" >&2\nexit 1')
+    instead('[ $RANK = 1 ] || exit 75\nsleep 1\necho "error: no memory" >&2\nexit 1')
     assert run_ranks(2, "train", "run.yaml") == 1
     assert capfd.readouterr().err == "rank 1:\nerror: no memory\n"
 
