@@ -11,6 +11,7 @@ from .losses import (
     TokensConfig,
     cell,
     is_divergence,
+    reference_columns,
     refusal,
     tolerates_older,
 )
@@ -459,8 +460,22 @@ class RunConfig(Model):
                 f"{place}: it needs the score column {names}; add it to score.columns, or take a "
                 "backend that gives it"
             )
+        if loss.reference is not None:
+            self._reference_serves(loss.reference)
         if "topk" in needs.columns and self.score.k < loss.k:
             raise ValueError(
                 f"train.loss: k = {loss.k} is more than score.k = {self.score.k} keeps"
             )
         return self
+
+    def _reference_serves(self, name: str) -> None:
+        if name not in self.references:
+            named = ", ".join(sorted(self.references)) or "none"
+            raise ValueError(f"train.loss.reference: {name!r} is not in references ({named})")
+        columns = reference_columns(self.train.loss)
+        missing = columns - self.columns_of(self.references[name])
+        if missing:
+            raise ValueError(
+                f"train.loss.reference: the loss needs the score column {sorted(missing)[0]} of "
+                f"references.{name}; add it to score.columns, or take a backend that gives it"
+            )

@@ -91,6 +91,24 @@ class LossConfig(Model):
         allow_inf_nan=False,
         description="of the sampled support: every token counts min(p live / p sampling, this)",
     )
+    reference: str | None = Field(
+        None,
+        description="a model of 'references' that reference_kl and extrapolation compare with",
+    )
+    reference_kl: float = Field(
+        0.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="weight of the reverse KL to the reference, estimated on the sampled token, "
+        "that is added to any loss",
+    )
+    extrapolation: float | None = Field(
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="of policy gradients: what separates the teacher from the reference counts "
+        "this many times; at 1 the reference cancels",
+    )
 
 
 class TokensConfig(Model):
@@ -189,7 +207,25 @@ CELLS: dict[tuple[Support, Direction, Normalisation], LossCell] = {
     for support in supports
 }
 
+
+def _extrapolates(loss: LossConfig) -> bool:
+    """Whether a reference's log-probs of the loss's ids can be stored."""
+    return loss.support == "sampled" or (
+        loss.support == "student_topk" and loss.normalisation == "reference"
+    )
+
+
 _OPTIONS: dict[str, tuple[Callable[[LossConfig], bool], str]] = {
+    "extrapolation": (
+        _extrapolates,
+        "policy gradients whose ids the reference scored: support 'sampled', or 'student_topk' "
+        "with normalisation 'reference'",
+    ),
+    "reference_kl": (lambda loss: loss.reference is not None, "a loss with a 'reference'"),
+    "reference": (
+        lambda loss: bool(loss.reference_kl or loss.extrapolation),
+        "reference_kl or extrapolation: nothing else looks at it",
+    ),
     "beta": (lambda loss: loss.direction == "jsd", "direction 'jsd'"),
     "weighting": (lambda loss: loss.normalisation == "reference", "normalisation 'reference'"),
     "stop_gradient": (
@@ -231,13 +267,16 @@ def refusal(loss: LossConfig) -> str | None:
         default = LossConfig.model_fields[name].default
         if getattr(loss, name) != default and not belongs(loss):
             return f"{name} belongs to {where}"
+    if loss.extrapolation is not None and loss.reference is None:
+        return "extrapolation needs a 'reference' to extrapolate from"
     return None
 
 
 def is_divergence(loss: LossConfig) -> bool:
     """Whether the loss of a token says how far the two sides are: a policy gradient's value, or a
     cross-entropy, does not."""
-    return loss.normalisation not in ("none", "reference") and not loss.stop_gradient
+    surrogate = loss.normalisation in ("none", "reference") or loss.stop_gradient
+    return not surrogate and not loss.reference_kl
 
 
 def tolerates_older(loss: LossConfig) -> bool:
@@ -251,7 +290,18 @@ def tolerates_older(loss: LossConfig) -> bool:
 def is_local(loss: LossConfig) -> bool:
     """Whether the loss needs the student's logits on the support alone: what they are normalised
     by cancels, and which ids are in the support is stored."""
-    return loss.normalisation == "renormalised" and loss.support != "overlap"
+    stored = loss.normalisation == "renormalised" and loss.support != "overlap"
+    return stored and not loss.reference_kl
+
+
+def reference_columns(loss: LossConfig) -> frozenset[ScoreColumn]:
+    """Columns that must be stored of the loss's reference."""
+    needed: set[ScoreColumn] = set()
+    if loss.reference_kl or (loss.extrapolation and loss.support == "sampled"):
+        needed.add("sampled")
+    if loss.extrapolation and loss.support == "student_topk":
+        needed.add("student_topk")
+    return frozenset(needed)
 
 
 def cell(loss: LossConfig) -> LossCell:

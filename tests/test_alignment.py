@@ -358,6 +358,26 @@ def test_a_set_that_holds_more_mass_than_the_run_asks_is_cut_to_it(tmp_path: Pat
         assert float(batch.tail_T.exp()) == pytest.approx(0.5 ** min(kept, 3), abs=2e-3)
 
 
+def test_a_references_columns_are_those_of_their_token(tmp_path: Path) -> None:
+    store = Cache(str(tmp_path / "cache"))
+    here = [(0, 3), (1, 4)]
+    shard = commit_rollouts(store, [row_of(*one) for one in here])
+    columns: tuple[ScoreColumn, ...] = ("sampled", "student_topk", "topk")
+    scores = scores_of(here, columns, K)
+    pinned = rounds([shard], [[commit_scores(store, shard, scores, columns)]])
+    named = pinned[1].model_copy(update={"references": {"base": pinned[1].shards}})
+    batch = RoundSamples(store, pinned[0], named, 2, reference="base").collate([1, 0])
+    assert batch.reference_sampled_T is not None
+    assert batch.reference_recorded_TS is not None
+    assert batch.recorded_TS is not None
+    places = [place(1, t) for t in range(4)] + [place(0, t) for t in range(3)]
+    assert batch.reference_sampled_T.tolist() == [-p for p in places]
+    assert torch.equal(batch.reference_recorded_TS, batch.recorded_TS)
+    assert batch.reference_recorded_TS.shape == (7, 2)
+    without = RoundSamples(store, *pinned, 2).collate([1, 0])
+    assert (without.reference_sampled_T, without.reference_recorded_TS) == (None, None)
+
+
 def test_columns_that_are_not_stored_are_none(tmp_path: Path) -> None:
     store = Cache(str(tmp_path / "cache"))
     shard = commit_rollouts(store, [row_of(0, 3), row_of(1, 2)])
@@ -376,6 +396,8 @@ def test_columns_that_are_not_stored_are_none(tmp_path: Path) -> None:
         "recorded_tail_T",
         "draw_ids_TN",
         "draw_counts_TN",
+        "reference_sampled_T",
+        "reference_recorded_TS",
     }
     assert batch.teacher_sampled_T is not None
     expected = [-place(i, t) for i, t in ((1, 0), (1, 1), (0, 0), (0, 1), (0, 2))]
@@ -471,8 +493,9 @@ def test_a_masked_token_is_fed_and_stands_nowhere_else(tmp_path: Path) -> None:
     assert batch.teacher_sampled_T is not None
     assert batch.teacher_sampled_T.tolist() == [-place(0, t) for t in (0, 3, 4)]
     assert batch.num_tokens == 3
-    assert {len(value) for name, value in present(batch).items() if name.endswith("_T")} == {3}
-    assert {len(value) for name, value in present(batch).items() if name.endswith("_TK")} == {3}
+    there = {name: value for name, value in present(batch).items() if value is not None}
+    assert {len(value) for name, value in there.items() if name.endswith("_T")} == {3}
+    assert {len(value) for name, value in there.items() if name.endswith("_TK")} == {3}
 
 
 def test_masked_tokens_are_not_counted_and_a_sample_without_others_is_dropped_for_that(

@@ -32,7 +32,7 @@ from opdcache.train.live import (
     on_support,
     within_support,
 )
-from opdcache.train.losses import token_losses
+from opdcache.train.losses import OnSupport, token_losses
 from opdcache.train.objective import POSITIONS, Objective
 from opdcache.train.samples import MicroBatch
 
@@ -57,6 +57,12 @@ OPTIONS: list[tuple[Callable[[tuple[str, str, str]], bool], dict[str, Any]]] = [
     (lambda key: key[1:] == ("reverse", "renormalised"), {"forward_above": 1.8}),
     (lambda key: key[0] == "sampled", {"clamp": 0.3}),
     (lambda key: key[0] == "sampled", {"importance_cap": CAP}),
+    (lambda key: key[0] == "sampled", {"reference": "base", "extrapolation": 1.7, "clamp": 2.0}),
+    (
+        lambda key: key[0] == "student_topk" and key[2] == "reference",
+        {"reference": "base", "extrapolation": 0.6, "weighting": "teacher"},
+    ),
+    (lambda key: True, {"reference": "base", "reference_kl": 0.5}),
 ]
 """What every option belongs to, and values of it."""
 
@@ -110,6 +116,8 @@ def stored(
         recorded_ids_TS=recorded,
         recorded_TS=teacher_TV.gather(1, recorded).float(),
         recorded_tail_T=torch.tensor(recorded_tails, dtype=torch.float64).log().float(),
+        reference_sampled_T=-torch.linspace(0.5, 5, tokens),
+        reference_recorded_TS=-torch.linspace(0.2, 6, recorded.numel()).view(recorded.shape),
         **drawn(teacher_TV),
     )
 
@@ -239,7 +247,12 @@ def bounded(value: float, bound: float | None) -> float:
 
 
 def policy_gradient_oracle(
-    loss: LossConfig, ids: list[int], log_p: Tensor, log_q: Tensor, sampling: float
+    loss: LossConfig,
+    ids: list[int],
+    log_p: Tensor,
+    log_q: Tensor,
+    sampling: float,
+    reference: dict[int, float],
 ) -> Tensor:
     """``-sum c A log p`` with numbers, not tensors, for c and A: of the sampled token, or of the
     reference form."""
@@ -247,7 +260,11 @@ def policy_gradient_oracle(
     mass_p, mass_q = sum(p[v] for v in ids), sum(q[v] for v in ids)
     total = zero(log_p)
     for v in ids:
-        advantage = bounded(math.log(q[v] / p[v]), loss.clamp)
+        advantage = math.log(q[v] / p[v])
+        if loss.extrapolation is not None:
+            factor, base = loss.extrapolation, reference[v]
+            advantage = factor * (math.log(q[v]) - base) - (math.log(p[v]) - base)
+        advantage = bounded(advantage, loss.clamp)
         if loss.support == "sampled":
             ratio = p[v] / math.exp(sampling)
             share = 1.0 if loss.importance_cap is None else min(ratio, loss.importance_cap)
@@ -305,10 +322,17 @@ def oracle_of(loss: LossConfig, batch: MicroBatch) -> Callable[[int, Tensor, Ten
     support = support_of(loss, batch)
 
     def of_token(t: int, log_p: Tensor, log_q: Tensor) -> Tensor:
+        assert batch.reference_sampled_T is not None
+        y, base = int(batch.sampled_T[t]), float(batch.reference_sampled_T[t])
+        away = loss.reference_kl * (base - float(log_p[y].detach()))
+        return of_teacher(t, log_p, log_q) - away * log_p[y]
+
+    def of_teacher(t: int, log_p: Tensor, log_q: Tensor) -> Tensor:
         ids = support(t, log_p.detach(), log_q)
         if loss.support == "sampled" or loss.normalisation == "reference":
             assert batch.sampling_T is not None
-            return policy_gradient_oracle(loss, ids, log_p, log_q, float(batch.sampling_T[t]))
+            sampling, base = float(batch.sampling_T[t]), reference_of(loss, batch, t)
+            return policy_gradient_oracle(loss, ids, log_p, log_q, sampling, base)
         if loss.support == "draws":
             assert batch.draw_ids_TN is not None
             assert batch.draw_counts_TN is not None
@@ -319,6 +343,17 @@ def oracle_of(loss: LossConfig, batch: MicroBatch) -> Callable[[int, Tensor, Ten
         return divergence_oracle(loss, ids, log_p, log_q)
 
     return of_token
+
+
+def reference_of(loss: LossConfig, batch: MicroBatch, t: int) -> dict[int, float]:
+    """The reference's log-probs by id."""
+    assert batch.reference_sampled_T is not None
+    assert batch.recorded_ids_TS is not None
+    assert batch.reference_recorded_TS is not None
+    if loss.support == "sampled":
+        return {int(batch.sampled_T[t]): float(batch.reference_sampled_T[t])}
+    ids, values = batch.recorded_ids_TS[t].tolist(), batch.reference_recorded_TS[t].tolist()
+    return dict(zip(ids, values, strict=True))
 
 
 def oracle(loss: LossConfig, given: Problem) -> tuple[Tensor, Tensor]:
@@ -484,7 +519,12 @@ def test_a_teacher_that_is_the_student_gives_no_loss_and_no_gradient(
 
 @pytest.mark.parametrize(
     "loss",
-    [loss for loss in LOSSES if loss.support == "sampled" or loss.normalisation == "reference"],
+    [
+        loss
+        for loss in LOSSES
+        if (loss.support == "sampled" or loss.normalisation == "reference")
+        and loss.reference is None
+    ],
     ids=named,
 )
 def test_a_teacher_that_is_the_student_gives_no_gradient_to_policy_gradients_either(
@@ -680,15 +720,59 @@ def test_every_combination_is_a_cell_or_is_refused_with_a_reason() -> None:
 
 def test_an_option_is_refused_where_it_means_nothing() -> None:
     values = {name: value for _, options in OPTIONS for name, value in options.items()}
+    del values["reference"], values["reference_kl"]
     for name, value in values.items():
         belongs = [rule for rule, options in OPTIONS if name in options]
         for key in CELL_KEYS:
             loss = LossConfig(support=key[0], direction=key[1], normalisation=key[2])
-            reason = refusal(loss.model_copy(update={name: value}))
+            of = {"reference": "base"} if name == "extrapolation" else {}
+            reason = refusal(loss.model_copy(update={name: value} | of))
             if any(rule(key) for rule in belongs) or (name, key[2]) == ("clamp", "reference"):
                 assert reason is None
             else:
                 assert (reason or "").startswith(f"{name} belongs to ")
+
+
+def test_the_kl_to_a_reference_has_on_average_the_gradient_of_the_full_one() -> None:
+    log_p = torch.randn(V, dtype=torch.float64, generator=torch.Generator().manual_seed(8))
+    log_p = torch.log_softmax(log_p, dim=0)
+    log_r = torch.log_softmax(log_p.flip(0) / 2, dim=0)
+    logits = log_p.clone().requires_grad_()
+    full = torch.log_softmax(logits, dim=0)
+    (full.exp() * (full - log_r)).sum().backward()
+    exact = logits.grad
+    loss = config(("draws", "forward", "none"), reference="base", reference_kl=0.7)
+    average = torch.zeros(V, dtype=torch.float64)
+    for y in range(V):
+        logits = log_p.clone().requires_grad_()
+        sampled = torch.log_softmax(logits, dim=0)[y : y + 1]
+        nothing = torch.zeros((1, 1), dtype=torch.float64)
+        on = OnSupport(
+            nothing,
+            nothing,
+            nothing.bool(),
+            nothing[0],
+            nothing[0],
+            student_sampled_T=sampled,
+            reference_sampled_T=log_r[y : y + 1],
+        )
+        token_losses(loss, on).sum().backward()
+        assert logits.grad is not None
+        average += log_p[y].exp() * logits.grad
+    assert exact is not None
+    assert float((average - 0.7 * exact).abs().max()) <= 1e-9
+
+
+def test_what_is_extrapolated_needs_a_reference_and_a_reference_a_use() -> None:
+    plain = {"support": "sampled", "normalisation": "none"}
+    for wrong, why in (
+        ({"extrapolation": 1.5}, "needs a 'reference'"),
+        ({"reference": "base"}, "nothing else looks at it"),
+        ({"reference_kl": 0.1}, "belongs to a loss with a 'reference'"),
+    ):
+        assert why in str(refusal(LossConfig.model_validate(plain | wrong)))
+    topk = LossConfig(reference="base", extrapolation=1.5)
+    assert "whose ids the reference scored" in str(refusal(topk))
 
 
 def test_a_gate_on_the_teachers_entropy_needs_the_entropy() -> None:

@@ -785,3 +785,25 @@ def test_sequences_are_packed_where_attention_skips_pairs_of_two_or_when_asked(
 ) -> None:
     changes = {f"train.{name}": value for name, value in train.items()}
     assert load(tmp_path, changes or {"seed": 1}).train.packs is packs
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({}, "train.loss.reference: 'base' is not in references (none)"),
+        ({"references.other": {"model": "m"}}, "is not in references (other)"),
+        (
+            {"references.base": {"model": "m"}, "score.columns": ["topk"]},
+            "needs the score column sampled of references.base",
+        ),
+        ({"references.base": {"model": "m"}}, None),
+    ],
+)
+def test_a_losss_reference_must_be_scored_with_what_the_loss_needs(
+    tmp_path: Path, changes: dict[str, Any], words: str | None
+) -> None:
+    loss = {"reference": "base", "reference_kl": 0.1}
+    if words is None:
+        assert load(tmp_path, {"train.loss": loss} | changes).train.loss.reference == "base"
+    else:
+        assert words in fault(run_file(tmp_path, {"train.loss": loss} | changes))

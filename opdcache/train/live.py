@@ -89,7 +89,20 @@ def on_support(loss: LossConfig, batch: MicroBatch, student: Live) -> OnSupport:
         teacher_tail_T,
         sampling_T=batch.sampling_T,
         teacher_entropy_T=batch.teacher_entropy_T,
+        reference_TK=_reference_on(loss, batch),
+        student_sampled_T=student.sampled_T,
+        reference_sampled_T=batch.reference_sampled_T,
     )
+
+
+def _reference_on(loss: LossConfig, batch: MicroBatch) -> Tensor | None:
+    """The reference's log-probs of the ids of a loss that extrapolates from it."""
+    if loss.extrapolation is None:
+        return None
+    if loss.support == "student_topk":
+        return batch.reference_recorded_TS
+    assert batch.reference_sampled_T is not None
+    return batch.reference_sampled_T[:, None]
 
 
 def _sides(loss: LossConfig, batch: MicroBatch, student: Live) -> tuple[Tensor, ...]:

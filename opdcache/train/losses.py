@@ -35,6 +35,9 @@ class OnSupport:
         sampling_T: log-prob of the sampled token under the distribution sampled from; None where
             it is not known.
         teacher_entropy_T: nats; None where it is not stored.
+        reference_TK: a reference's log-probs of the same ids; None unless the loss extrapolates.
+        student_sampled_T, reference_sampled_T: log-probs of the sampled token; None unless the
+            loss has a KL to the reference.
     """
 
     student_TK: Tensor
@@ -44,6 +47,9 @@ class OnSupport:
     teacher_tail_T: Tensor
     sampling_T: Tensor | None = None
     teacher_entropy_T: Tensor | None = None
+    reference_TK: Tensor | None = None
+    student_sampled_T: Tensor | None = None
+    reference_sampled_T: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,13 +67,24 @@ def token_losses(loss: LossConfig, on: OnSupport) -> Tensor:
 
     A token whose support is empty contributes 0 to all forms but the tail's.
     """
+    losses_T = _teachers_losses(loss, on)
+    if not loss.reference_kl:
+        return losses_T
+    assert on.student_sampled_T is not None
+    assert on.reference_sampled_T is not None
+    away_T = (on.reference_sampled_T - on.student_sampled_T).detach()
+    return losses_T - loss.reference_kl * away_T * on.student_sampled_T
+
+
+def _teachers_losses(loss: LossConfig, on: OnSupport) -> Tensor:
     match loss.normalisation:
         case "none" if loss.support == "sampled":
-            return sampled_policy_gradient(on, loss.clamp, loss.importance_cap)
+            cap, factor = loss.importance_cap, loss.extrapolation
+            return sampled_policy_gradient(on, loss.clamp, cap, factor)
         case "none":
             return draws_cross_entropy(on)
         case "reference":
-            return reference_policy_gradient(on, loss.weighting, loss.clamp)
+            return reference_policy_gradient(on, loss.weighting, loss.clamp, loss.extrapolation)
         case "tail":
             entries = with_tail(on)
         case "renormalised":
@@ -89,16 +106,20 @@ def token_losses(loss: LossConfig, on: OnSupport) -> Tensor:
 
 
 def sampled_policy_gradient(
-    on: OnSupport, clamp: float | None = None, importance_cap: float | None = None
+    on: OnSupport,
+    clamp: float | None = None,
+    importance_cap: float | None = None,
+    extrapolation: float | None = None,
 ) -> Tensor:
     """``-sg[log q(y) - log p(y)] log p(y)``; the support is the sampled token alone.
 
     Args:
         clamp: bound of the advantage, nats.
         importance_cap: a token counts ``min(p / p_sampling, importance_cap)``; once by default.
+        extrapolation: how far from the reference, in teachers, the student is drawn.
     """
     student_T = on.student_TK[:, 0]
-    weight_T = _clamped(on.teacher_TK[:, 0] - student_T, clamp)
+    weight_T = _clamped(_goal(on, extrapolation)[:, 0] - student_T, clamp)
     if importance_cap is not None:
         assert on.sampling_T is not None
         weight_T = weight_T * (student_T - on.sampling_T).exp().clamp(max=importance_cap)
@@ -111,7 +132,10 @@ def draws_cross_entropy(on: OnSupport) -> Tensor:
 
 
 def reference_policy_gradient(
-    on: OnSupport, weighting: Weighting = "student", clamp: float | None = None
+    on: OnSupport,
+    weighting: Weighting = "student",
+    clamp: float | None = None,
+    extrapolation: float | None = None,
 ) -> Tensor:
     """``-sum sg[w (log q - log p)] log p``: the form of the paper's public code.
 
@@ -121,6 +145,7 @@ def reference_policy_gradient(
     Args:
         weighting: whose probabilities, renormalised on the support, are w.
         clamp: bound of ``log q - log p``, nats.
+        extrapolation: how far from the reference, in teachers, the student is drawn.
     """
     match weighting:
         case "student":
@@ -129,8 +154,18 @@ def reference_policy_gradient(
             weight_TK = _renormalised(on.teacher_TK, on.valid_TK).exp()
         case "uniform":
             weight_TK = 1 / on.valid_TK.sum(dim=1, keepdim=True).clamp(min=1)
-    advantage_TK = (weight_TK * _clamped(on.teacher_TK - on.student_TK, clamp)).detach()
+    goal_TK = _goal(on, extrapolation)
+    advantage_TK = (weight_TK * _clamped(goal_TK - on.student_TK, clamp)).detach()
     return -_summed(advantage_TK * on.student_TK, on.valid_TK)
+
+
+def _goal(on: OnSupport, extrapolation: float | None) -> Tensor:
+    """What a policy gradient draws ``log p`` to: ``log q``, or as far from the reference r as says
+    ``extrapolation (log q - log r) + log r`` (G-OPD's reward)."""
+    if extrapolation is None:
+        return on.teacher_TK
+    assert on.reference_TK is not None
+    return torch.lerp(on.reference_TK, on.teacher_TK, extrapolation)
 
 
 def with_tail(on: OnSupport) -> Entries:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..quality import faults
 from ..schemas.manifests import Quality
-from ..schemas.rounds import RolloutRound, ScoreRound
+from ..schemas.rounds import RolloutRound, ScoredShard, ScoreRound
 from ..store import rollouts as shards
 from ..store.cache import Cache
 from ..store.scores import Draws, Scores, TopK
@@ -39,6 +39,7 @@ class Shard:
     recorded_ids: NDArray[np.int64] | None
     supervised: NDArray[np.bool_]
     scores: Scores
+    reference: Scores | None
 
     @property
     def offsets(self) -> NDArray[np.int64]:
@@ -68,6 +69,8 @@ class MicroBatch:
         recorded_ids_TS, recorded_TS, recorded_tail_T: ids that the student recorded, the teacher's
             log-probs of them, and the log of its mass elsewhere.
         draw_ids_TN, draw_counts_TN: ids that the teacher drew, and how often; 0 past the last.
+        reference_sampled_T, reference_recorded_TS: a reference's log-probs of the sampled token and
+            of the recorded ids.
     """
 
     num_sequences: int
@@ -91,6 +94,8 @@ class MicroBatch:
     recorded_tail_T: Tensor | None
     draw_ids_TN: Tensor | None
     draw_counts_TN: Tensor | None
+    reference_sampled_T: Tensor | None = None
+    reference_recorded_TS: Tensor | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -126,6 +131,7 @@ class RoundSamples:
         mass: teacher entries are used until they hold this; a set that serves may hold more.
         rule: which tokens are supervised, beside the loss mask, and their weights.
         packed: whether a micro-batch's sequences stand in one row.
+        reference: name of the round's reference whose scores are read too.
     """
 
     def __init__(
@@ -137,8 +143,10 @@ class RoundSamples:
         mass: float = 1.0,
         rule: TokenRule = TokenRule(),  # noqa: B008  # it is frozen
         packed: bool = False,
+        reference: str | None = None,
     ) -> None:
         self._cache, self._rollouts, self._scores = cache, rollouts.shards, scores
+        self._reference = reference
         self._k, self._mass, self._rule, self._packed = k, mass, rule, packed
         rows = [shard.num_rows for shard in self._rollouts]
         self._starts = np.concatenate([[0], np.cumsum(rows)])
@@ -262,6 +270,8 @@ class RoundSamples:
             recorded_tail_T=joined([r[2] for r in recorded]),
             draw_ids_TN=joined(_alike([d.ids.astype(np.int64) for d in draws])),
             draw_counts_TN=joined(_alike([d.counts.astype(np.int64) for d in draws])),
+            reference_sampled_T=joined([p.reference_sampled() for p in pieces]),
+            reference_recorded_TS=joined([p.reference_recorded(self._k) for p in pieces]),
         )
 
     def _place(self, sample: int) -> tuple[int, int]:
@@ -278,8 +288,12 @@ class RoundSamples:
     def _length(self, sample: int) -> int:
         return len(self._piece(sample).fed)
 
+    def _read_scores(self, scored: ScoredShard) -> Scores:
+        return self._cache.open_score_set(scored.content, scored.teacher, scored.served).read()
+
     def _read(self, index: int) -> Shard:
         listed, scored = self._rollouts[index], self._scores.shards[index]
+        reference = self._reference and self._scores.references[self._reference][index]
         table = self._cache.read_rollouts(self._cache.need_rollouts(listed))
         names = table.column_names
         return Shard(
@@ -296,7 +310,8 @@ class RoundSamples:
                 else None
             ),
             supervised=shards.supervised_tokens(table),
-            scores=self._cache.open_score_set(scored.content, scored.teacher, scored.served).read(),
+            scores=self._read_scores(scored),
+            reference=self._read_scores(reference) if reference else None,
         )
 
 
@@ -379,6 +394,17 @@ class _Piece:
     def score(self, name: str) -> NDArray[np.float32] | None:
         values: NDArray[np.float32] | None = getattr(self.shard.scores, name)
         return None if values is None else values[self.tokens]
+
+    def reference_sampled(self) -> NDArray[np.float32] | None:
+        scores = self.shard.reference
+        sampled = None if scores is None else scores.sampled_logprobs
+        return None if sampled is None else sampled[self.tokens]
+
+    def reference_recorded(self, k: int) -> NDArray[Any] | None:
+        scores = self.shard.reference
+        if scores is None or scores.student_topk is None:
+            return None
+        return scores.student_topk.at(self.tokens).cut(k).logprobs
 
     def topk(self, k: int, mass: float) -> TopK | None:
         whole = self.shard.scores.topk

@@ -93,6 +93,7 @@ class _Training:
             config.score.mass,
             self._rule(),
             self._train.packs,
+            self._loss.reference,
         )
         self._order, self._unfit = self._ordered()
         num_updates = -(-len(self._order) // self._train.batch_samples)
@@ -330,5 +331,13 @@ def _pinned(context: RunContext, rounds: Iterable[int]) -> tuple[RolloutRound, S
         refuse_unserved(context, file)
     return (
         rollouts[-1].model_copy(update={"shards": tuple(s for f in rollouts for s in f.shards)}),
-        scores[-1].model_copy(update={"shards": tuple(s for f in scores for s in f.shards)}),
+        scores[-1].model_copy(
+            update={
+                "shards": tuple(s for f in scores for s in f.shards),
+                "references": {
+                    name: tuple(s for f in scores for s in f.references[name])
+                    for name in scores[-1].references
+                },
+            }
+        ),
     )
