@@ -1,6 +1,7 @@
 """Loads a run file: YAML to a checked ``RunConfig`` with absolute paths, or one clear error."""
 
 import difflib
+import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin
@@ -8,6 +9,7 @@ from typing import Any, TypeVar, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from .deepspeed_config import deepspeed_config
 from .errors import ConfigError
 from .schemas.base import Model
 from .schemas.config import (
@@ -17,6 +19,7 @@ from .schemas.config import (
     PromptSource,
     ReasoningGymSource,
     RunConfig,
+    TrainConfig,
 )
 from .schemas.plan import Rates
 from .schemas.teachers import STUDENT, HttpBackend, TeacherConfig
@@ -25,7 +28,8 @@ AnyModel = TypeVar("AnyModel", bound=Model)
 
 
 def load_run(path: Path) -> RunConfig:
-    """The run file's configuration, its relative paths resolved against the file's folder.
+    """The run file's configuration, its relative paths resolved against the file's folder, and
+    DeepSpeed's in its place.
 
     Raises:
         ConfigError: the file is missing, not YAML, or not a valid run; names the key at fault.
@@ -155,6 +159,7 @@ def _absolute(config: RunConfig, path: Path) -> RunConfig:
         "teachers": {task: teacher(scorer) for task, scorer in config.teachers.items()},
         "references": {name: teacher(scorer) for name, scorer in config.references.items()},
         "prompts": config.prompts.model_copy(update={"source": source(config.prompts.source)}),
+        "train": _with_deepspeed(config.train, path),
     }
     if config.rollouts is not None:
         taken = {"from_": local(config.rollouts.from_)}
@@ -163,3 +168,23 @@ def _absolute(config: RunConfig, path: Path) -> RunConfig:
         held_out = {"source": source(config.evaluation.source)}
         update["evaluation"] = config.evaluation.model_copy(update=held_out)
     return config.model_copy(update=update)
+
+
+def _with_deepspeed(train: TrainConfig, path: Path) -> TrainConfig:
+    """``train.deepspeed`` read, where it is a file, and held against what the run file decides."""
+    given, where = train.deepspeed, path
+    if isinstance(given, str):
+        where = path.resolve().parent / Path(given).expanduser()
+        try:
+            given = json.loads(where.read_bytes())
+        except OSError as error:
+            raise ConfigError(
+                f"train.deepspeed: cannot be read: {error.strerror}", where=where
+            ) from error
+        except ValueError as error:
+            raise ConfigError(f"train.deepspeed: not JSON: {error}", where=where) from error
+        if not isinstance(given, dict):
+            raise ConfigError("train.deepspeed: not a JSON object", where=where)
+    train = train.model_copy(update={"deepspeed": given})
+    deepspeed_config(train, where)
+    return train

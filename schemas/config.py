@@ -277,6 +277,12 @@ class TrainConfig(Model):
         "bfloat16", description="weights in the forward pass; masters are always float32"
     )
     zero_stage: Literal[0, 1, 2, 3] = Field(1, description="DeepSpeed ZeRO stage")
+    deepspeed: dict[str, JsonValue] | str = Field(
+        {},
+        description="more of DeepSpeed's configuration, or the path of a JSON file that holds it: "
+        "merged with what follows from the other keys, which it may not contradict; 'auto' is as "
+        "if left out",
+    )
     gradient_checkpointing: bool = Field(False, description="recompute activations")
     head_chunk_tokens: int = Field(
         256,

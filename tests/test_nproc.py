@@ -19,7 +19,11 @@ from .test_other_ranks import error, joined
 
 pytestmark = pytest.mark.engine
 
-EPOCHS = {"alone": 1, "two": 1, "slurm": 1, "stopped": 60, "killed": 60}
+LONG = {"epochs": 60}
+RUNS: dict[str, dict[str, object]] = {
+    **{"alone": {}, "two": {}, "slurm": {}, "stopped": LONG, "killed": LONG},
+    "refused": {"deepspeed": {"zero_optimization": {"no_such_key": 1}}},
+}
 TRAIN = [sys.executable, "-m", "opdcache.cli.main", "train"]
 
 
@@ -27,10 +31,10 @@ TRAIN = [sys.executable, "-m", "opdcache.cli.main", "train"]
 def base(tmp_path_factory: pytest.TempPathFactory, tiny_student: Path) -> Path:
     """Run files of a short round, and of long ones; the short one trained by a single process."""
     folder = tmp_path_factory.mktemp("nproc")
-    for name, epochs in EPOCHS.items():
-        config = run_config(name, folder, tiny_student, epochs=epochs)
+    for name, changes in RUNS.items():
+        config = run_config(name, folder, tiny_student, **changes)
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(config))
-    write_rounds(str(folder / "cache"), [folder / name for name in EPOCHS])
+    write_rounds(str(folder / "cache"), [folder / name for name in RUNS])
     done = train(folder / "alone.yaml")
     assert done.wait() == 0, done.communicate()[1]
     return folder
@@ -102,6 +106,16 @@ def test_a_rank_that_is_killed_ends_the_others_and_is_named(base: Path) -> None:
     assert process.returncode == 1
     assert "Traceback" not in stderr
     assert "rank 1 of 'opdcache train' was ended by SIGKILL" in errors(stderr)[-1]
+
+
+def test_what_deepspeed_itself_refuses_of_its_configuration_is_one_line(base: Path) -> None:
+    process = train(base / "refused.yaml")
+    stderr = process.communicate()[1]
+    assert process.returncode == 2, stderr
+    (said,) = errors(stderr)
+    assert "train.deepspeed: DeepSpeed refuses it" in said
+    assert "no_such_key" in said
+    assert "Traceback" not in stderr
 
 
 def test_a_stage_that_is_missing_is_said_once_whatever_the_number_of_ranks(

@@ -18,7 +18,13 @@ BF16 = {
     f"fewer-bf16-zero{stage}": {"zero_stage": stage, "dtype": "bfloat16"} for stage in STAGES[1:]
 }
 WHOLE = {name.replace("fewer", "whole"): train for name, train in BF16.items()}
-MORE = {f"more-zero{stage}": {"zero_stage": stage} for stage in (1, 3)}
+MORE = {
+    "more-zero1": {"zero_stage": 1},
+    "more-zero3": {
+        "zero_stage": 3,
+        "deepspeed": {"zero_optimization": {"sub_group_size": 20_000}},  # several parts a rank
+    },
+}
 ALONE, CUT_SHORT = "alone", "cut-short"
 
 

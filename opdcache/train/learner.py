@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import EngineError, ModelError, StoreFull
+from ..deepspeed_config import deepspeed_config
+from ..errors import ConfigError, EngineError, ModelError, StoreFull
 from ..heads import StudentView, split_head, support_logits, support_loss, support_view
 from ..identity import tokenizer_files
 from ..models import default_device, load_model
@@ -180,12 +181,17 @@ class Learner:
             optimizer, lambda done: lr_factor(config.optimizer, done, total_updates)
         )
         self._optimizer = optimizer
-        self._engine: Any = deepspeed.initialize(
-            model=student,
-            optimizer=optimizer,
-            lr_scheduler=scheduler,
-            config=deepspeed_config(config),
-        )[0]
+        try:
+            self._engine: Any = deepspeed.initialize(
+                model=student,
+                optimizer=optimizer,
+                lr_scheduler=scheduler,
+                config=deepspeed_config(config),
+            )[0]
+        except (ValueError, AssertionError, deepspeed.DeepSpeedConfigError) as error:
+            if not config.deepspeed:
+                raise
+            raise ConfigError(f"train.deepspeed: DeepSpeed refuses it: {error}") from error
         self.rank, self.world_size = deepspeed.comm.get_rank(), deepspeed.comm.get_world_size()
 
     def loss(self, objective: Objective) -> Tensor:
@@ -318,23 +324,6 @@ def lr_factor(optimizer: OptimizerConfig, done: int, total: int) -> float:
         return 1.0
     left = 1 - min(1.0, (done - warmup) / max(1, total - warmup))
     return left if optimizer.schedule == "linear" else (1 - math.cos(math.pi * left)) / 2
-
-
-def deepspeed_config(config: TrainConfig) -> dict[str, object]:
-    """DeepSpeed's configuration. The caller of ``step`` owns the accumulation boundary."""
-    made: dict[str, object] = {
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": 1,
-        "managed_gradient_accumulation": False,
-        "gradient_clipping": config.optimizer.max_grad_norm,
-        "zero_optimization": {"stage": config.zero_stage},
-        "zero_allow_untested_optimizer": True,
-        "steps_per_print": 2**31,
-    }
-    if config.dtype == "bfloat16":
-        made["bf16"] = {"enabled": True}
-        made["data_types"] = {"grad_accum_dtype": "fp32"}
-    return made
 
 
 def _init_distributed() -> None:
