@@ -66,6 +66,11 @@ def _decided(train: TrainConfig) -> Mapping[tuple[str, ...], tuple[JsonValue, st
         "managed_gradient_accumulation": (False, micro),
         "gradient_clipping": (optimizer.max_grad_norm, "train.optimizer.max_grad_norm"),
         "zero_optimization.stage": (train.zero_stage, "train.zero_stage"),
+        "zero_optimization.offload_optimizer.device": (
+            "cpu" if train.offload_optimizer else "none",
+            "train.offload_optimizer",
+        ),
+        "zero_force_ds_cpu_optimizer": (False, _ITSELF),  # that one is compiled at every start
         "zero_optimization.load_from_fp32_weights": (True, _ITSELF),
         "zero_allow_untested_optimizer": (True, _ITSELF),
         "checkpoint.load_universal": (False, _ITSELF),

@@ -277,6 +277,11 @@ class TrainConfig(Model):
         "bfloat16", description="weights in the forward pass; masters are always float32"
     )
     zero_stage: Literal[0, 1, 2, 3] = Field(1, description="DeepSpeed ZeRO stage")
+    offload_optimizer: bool = Field(
+        False,
+        description="keep masters and moments in the CPU's memory, and update there; needs "
+        "zero_stage 1 or more",
+    )
     deepspeed: dict[str, JsonValue] | str = Field(
         {},
         description="more of DeepSpeed's configuration, or the path of a JSON file that holds it: "
@@ -382,6 +387,12 @@ class RunConfig(Model):
                 "train.zero_stage: 0 keeps no float32 masters of bfloat16 weights; set it to 1, "
                 "which on one device costs nothing"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _offload_needs_parts(self) -> Self:
+        if self.train.offload_optimizer and self.train.zero_stage == 0:
+            raise ValueError("train.offload_optimizer: it needs train.zero_stage 1, 2 or 3")
         return self
 
     def teacher_of(self, task: str) -> TeacherConfig:

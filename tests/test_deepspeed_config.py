@@ -146,6 +146,21 @@ def test_a_contradiction_is_refused_with_both_values_and_who_decides(
     assert str(path) in str(raised.value)
 
 
+def test_an_offload_says_so_in_one_place_alone() -> None:
+    on_cpu = {"zero_optimization": {"offload_optimizer": {"device": "cpu", "pin_memory": True}}}
+    train = TrainConfig(deepspeed=on_cpu)
+    with pytest.raises(ConfigError, match=r"device is cpu, but train\.offload_optimizer makes it"):
+        deepspeed_config(train)
+    made = deepspeed_config(train.model_copy(update={"offload_optimizer": True}))
+    assert made["zero_optimization"]["offload_optimizer"] == {"device": "cpu", "pin_memory": True}
+
+
+def test_an_offload_without_parts_is_refused(tmp_path: Path) -> None:
+    path = run_file(tmp_path, dtype="float32", zero_stage=0, offload_optimizer=True)
+    with pytest.raises(ConfigError, match=r"train\.offload_optimizer: it needs train\.zero_stage"):
+        load_run(path)
+
+
 def test_every_contradiction_of_a_file_is_named_at_once_with_the_file(tmp_path: Path) -> None:
     (tmp_path / "ds.json").write_text(
         json.dumps({"gradient_clipping": 2, "fp16": {"enabled": True}, "zero_optimization": {}})

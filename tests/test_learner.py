@@ -326,6 +326,16 @@ DOUBLE = {
 }
 BF16 = {f"bf16-zero{stage}": {"zero_stage": stage, "dtype": "bfloat16"} for stage in (1, 2, 3)}
 ONE_STOPPED = "one-stopped"
+OFFLOADED = {
+    f"offloaded-zero{stage}": {
+        "zero_stage": stage,
+        "offload_optimizer": True,
+        "micro_batch_tokens": TIGHT,
+    }
+    for stage in (1, 2, 3)
+}
+BF16_OFFLOADED = {name.replace("bf16", "bf16-offloaded"): train for name, train in BF16.items()}
+DOUBLE_OFFLOADED = {f"double-{name}": train for name, train in OFFLOADED.items()}
 STOPPED = {
     "stopped-zero0": {"zero_stage": 0},
     "stopped-zero1": {"zero_stage": 1},
@@ -353,7 +363,10 @@ def trained(
         for name, (tie, train) in SINGLE.items()
     } | {
         name: run_config(name, base, students["tied"], **train)
-        for name, train in {**DOUBLE, **BF16, **STOPPED}.items()
+        for name, train in {
+            **{**DOUBLE, **BF16, **STOPPED, **OFFLOADED, **DOUBLE_OFFLOADED},
+            **{name: {**t, "offload_optimizer": True} for name, t in BF16_OFFLOADED.items()},
+        }.items()
     }
     configs["small-lr"] = run_config(
         "small-lr",
@@ -372,10 +385,12 @@ def trained(
     configs[ONE_STOPPED] = run_config(ONE_STOPPED, base, students["tied"], zero_stage=1)
     write_rounds(str(base / "cache"), [base / name for name in configs])
     whole = [job(configs[name]) for name in (*SINGLE, *BF16, "small-lr", "chosen")]
+    whole += [job(configs[name]) for name in (*OFFLOADED, *BF16_OFFLOADED)]
     carry_out(base, "first", [*whole, *(job(configs[name], stop_after=2) for name in STOPPED)])
     goes_on = [job(configs[name], 1) for name in SINGLE if name.endswith("tight")]
     carry_out(base, "second", [*goes_on, *(job(configs[name]) for name in STOPPED)])
-    carry_out(base, "double", [job(configs[name]) for name in (*DOUBLE, "double-chosen")], ranks=2)
+    double = [job(configs[name]) for name in (*DOUBLE, *DOUBLE_OFFLOADED, "double-chosen")]
+    carry_out(base, "double", double, ranks=2)
     config = RunConfig.model_validate_json(json.dumps(configs["tied-zero1-roomy"]))
     folder = RunFolder(base / "tied-zero1-roomy")
     samples = RoundSamples(Cache(config.cache), *_files(folder), K)
@@ -421,6 +436,20 @@ def test_the_next_round_goes_on_with_the_moments_and_the_schedule(
 @pytest.mark.parametrize("name", WEIGHTED)
 def test_tokens_count_as_the_run_file_says(trained: Trained, name: str) -> None:
     assert_same_weights(trained.weights(name), trained.plain["chosen"], 0)
+
+
+@pytest.mark.parametrize("name", [*OFFLOADED, *DOUBLE_OFFLOADED])
+def test_an_offloaded_optimizer_makes_the_same_updates(trained: Trained, name: str) -> None:
+    assert_same_weights(trained.weights(name), trained.plain["tied"], 0)
+    norms = [row["grad_norm"] for row in trained.metrics(name)]
+    assert norms == pytest.approx(trained.plain["tied"].norms[:3], rel=1e-4)
+
+
+@pytest.mark.parametrize("name", BF16)
+def test_an_offloaded_optimizer_in_bf16_ends_in_the_same_bits(trained: Trained, name: str) -> None:
+    other = name.replace("bf16", "bf16-offloaded")
+    ours, theirs = (exact_bytes(trained.base / n / "students" / "001") for n in (other, name))
+    assert all(torch.equal(ours[tensor], theirs[tensor]) for tensor in theirs)
 
 
 @pytest.mark.parametrize("name", DOUBLE)
