@@ -193,6 +193,10 @@ class Learner:
                 raise
             raise ConfigError(f"train.deepspeed: DeepSpeed refuses it: {error}") from error
         self.rank, self.world_size = deepspeed.comm.get_rank(), deepspeed.comm.get_world_size()
+        if config.zero_stage == 0 and self.world_size == 1:
+            # Nothing to reduce: flattening all gradients and copying them back costs a second of a
+            # small model's update on a CPU.
+            self._engine.enable_backward_allreduce = False
 
     def loss(self, objective: Objective) -> Tensor:
         """The live student's objective, a scalar with its graph; it adds up its own sums."""
