@@ -209,6 +209,22 @@ class OptimizerConfig(Model):
     max_grad_norm: float = Field(1.0, gt=0, description="gradients are clipped to this norm")
 
 
+class LoraConfig(Model):
+    """Low-rank adapters in the place of all weights."""
+
+    rank: int = Field(16, ge=1, description="rank of the adapters")
+    alpha: float = Field(32.0, gt=0, description="what they add is scaled by alpha / rank")
+    dropout: float = Field(0.0, ge=0, lt=1, description="dropout before them")
+    target_modules: Literal["all-linear"] | tuple[str, ...] = Field(
+        "all-linear",
+        description="ends of the names of the modules that get one; all-linear: every linear "
+        "module but the LM head",
+    )
+    export_adapter: bool = Field(
+        False, description="write each round's adapter too, below its student, in peft's format"
+    )
+
+
 class EndRound(Model):
     """When a round's rollouts are too old to go on with; an update's own means are compared."""
 
@@ -281,6 +297,11 @@ class TrainConfig(Model):
         False,
         description="keep masters and moments in the CPU's memory, and update there; needs "
         "zero_stage 1 or more",
+    )
+    lora: LoraConfig | None = Field(
+        None,
+        description="train adapters alone; students are exported with them merged, and the next "
+        "round goes on with them on the student of round 0, or anew with fresh_optimizer",
     )
     deepspeed: dict[str, JsonValue] | str = Field(
         {},

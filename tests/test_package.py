@@ -92,6 +92,10 @@ def test_deepspeed_has_one_door() -> None:
     assert importers("deepspeed") == {"opdcache.train.learner"}
 
 
+def test_peft_has_one_door() -> None:
+    assert importers("peft") == {"opdcache.train.lora"}
+
+
 @pytest.mark.parametrize("package", ["zarr", "numcodecs", "obstore"])
 def test_storage_libraries_are_behind_the_store(package: str) -> None:
     assert importers(package) <= below("opdcache.store")

@@ -8,9 +8,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,14 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from ..deepspeed_config import deepspeed_config
-from ..errors import ConfigError, EngineError, ModelError, StoreFull
+from ..errors import ConfigError, EngineError, ModelError
 from ..heads import StudentView, split_head, support_logits, support_loss, support_view
 from ..identity import tokenizer_files
 from ..models import default_device, load_model
 from ..schemas.config import OptimizerConfig, TrainConfig
+from .drafts import space, whole
+from .lora import add_adapters, save_merged
 from .objective import Objective
-
-_LEAST_FREE_BYTES = 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,12 +162,14 @@ class Learner:
         attention = {"attn_implementation": config.attention} if config.attention else None
         model = load_model(folder, config.dtype, self.device, attention)
         _, head = split_head(model, folder)
+        if config.lora is not None:
+            add_adapters(model, config.lora, folder)
         if config.gradient_checkpointing:
             model.gradient_checkpointing_enable()  # type: ignore[operator]
         student = Student(model, head, config.head_chunk_tokens).train()
         self._model = model
         optimizer = torch.optim.AdamW(
-            student.parameters(),
+            [weight for weight in student.parameters() if weight.requires_grad],
             lr=config.optimizer.lr,
             betas=config.optimizer.betas,
             eps=config.optimizer.eps,
@@ -197,6 +196,7 @@ class Learner:
             # Nothing to reduce: flattening all gradients and copying them back costs a second of a
             # small model's update on a CPU.
             self._engine.enable_backward_allreduce = False
+        self._seed()
 
     def loss(self, objective: Objective) -> Tensor:
         """The live student's objective, a scalar with its graph; it adds up its own sums."""
@@ -217,6 +217,7 @@ class Learner:
             self._engine.zero_grad()
             return None
         self._engine.step()
+        self._seed()
         found = float(self._engine.get_global_grad_norm() if norm is None else norm)
         return found if math.isfinite(found) else None
 
@@ -245,9 +246,12 @@ class Learner:
         if Saved.newest(checkpoints) == state:
             return  # writing over the only saved state could lose it
         tag = state.tag
-        with _space(checkpoints):
+        with space(checkpoints):
             self._engine.save_checkpoint(
-                str(checkpoints), tag=tag, client_state={"position": asdict(position)}
+                str(checkpoints),
+                tag=tag,
+                client_state={"position": asdict(position)},
+                exclude_frozen_parameters=self._config.lora is not None,
             )
         if self.rank == 0:
             for old in checkpoints.iterdir():
@@ -263,12 +267,19 @@ class Learner:
         """
         saved = Saved.newest(checkpoints)
         assert saved is not None
+        is_whole = self._config.lora is None
         if self._config.zero_stage == 0 or saved.num_ranks == self.world_size:
-            _, state = self._engine.load_checkpoint(str(checkpoints))
-            return Position(**state["position"])
+            _, state = self._engine.load_checkpoint(str(checkpoints), load_module_strict=is_whole)
+        else:
+            state = self._load_others(checkpoints, saved)
+        self._seed()
+        return Position(**state["position"])
+
+    def _load_others(self, checkpoints: Path, saved: Saved) -> dict[str, Any]:
+        """What another number of ranks saved."""
         universal = checkpoints / "universal"
         if self.rank == 0:
-            with _space(checkpoints):
+            with space(checkpoints):
                 _make_universal(checkpoints / saved.tag, universal)
         self.barrier()
         self._engine._config.load_universal_checkpoint = True
@@ -279,7 +290,7 @@ class Learner:
         self.barrier()
         if self.rank == 0:
             shutil.rmtree(universal)
-        return Position(**state["position"])
+        return dict(state)
 
     def export(self, folder: Path) -> None:
         """Write the student in Hugging Face format, whole or not at all.
@@ -287,15 +298,18 @@ class Learner:
         The weights are a view of the float32 masters in the training dtype. The tokenizer's files
         are carried over as they are, so that token ids keep their meaning.
         """
-        state = (
-            self._engine._zero3_consolidated_16bit_state_dict()
-            if self._config.zero_stage == 3
-            else None
-        )
+        lora, state = self._config.lora, None
+        if lora is not None:
+            state = self._adapters()
+        elif self._config.zero_stage == 3:
+            state = self._engine._zero3_consolidated_16bit_state_dict()
         if self.rank == 0:
-            with _space(folder), _whole(folder) as draft:
-                weights = None if state is None else _model_state(state)
-                self._model.save_pretrained(draft, state_dict=weights)  # type: ignore[operator]
+            with space(folder), whole(folder) as draft:
+                if lora is not None and state is not None:
+                    save_merged(draft, self._folder, lora, state, self._config.dtype)
+                else:
+                    weights = None if state is None else _model_state(state)
+                    self._model.save_pretrained(draft, state_dict=weights)  # type: ignore[operator]
                 for file in tokenizer_files(self._folder):
                     shutil.copy2(file, draft / file.name)
         self.barrier()
@@ -305,6 +319,22 @@ class Learner:
         import deepspeed
 
         deepspeed.comm.barrier()
+
+    def _adapters(self) -> dict[str, Tensor]:
+        """Float32 weights of the adapters on the CPU, by their names in the Hugging Face model."""
+        import deepspeed
+
+        return {
+            name: (deepspeed.utils.safe_get_full_fp32_param(w) if self._config.zero_stage else w)
+            .detach()
+            .cpu()
+            for name, w in self._model.named_parameters()
+            if w.requires_grad
+        }
+
+    def _seed(self) -> None:
+        """Dropout follows from the update and the rank: a resumed run draws the same."""
+        torch.manual_seed(self._engine.global_steps * self.world_size + self.rank)
 
     def _plain_norm(self) -> Tensor:
         """Norm of the ranks' mean gradient. Without ZeRO nothing keeps it, and the ranks' gradients
@@ -383,33 +413,3 @@ def _model_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
     if not found:
         raise ModelError("the consolidated state holds no weights")
     return found
-
-
-@contextmanager
-def _space(path: Path) -> Iterator[None]:
-    """A full disk as one error: torch, DeepSpeed and safetensors each raise their own."""
-    try:
-        yield
-    except Exception as error:
-        there = next(p for p in (path, *path.parents) if p.exists())
-        full = shutil.disk_usage(there).free < _LEAST_FREE_BYTES
-        if full or "no space left" in str(error).lower():
-            raise StoreFull(
-                "no space left", where=path, remedy="free some, then run the same command again"
-            ) from error
-        raise
-
-
-@contextmanager
-def _whole(folder: Path) -> Iterator[Path]:
-    """A draft folder that takes the folder's place when the block ends well."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        yield draft
-        draft.chmod(0o755)
-        if folder.exists():
-            shutil.rmtree(folder)
-        draft.rename(folder)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)

@@ -98,8 +98,11 @@ class _Training:
         self._order, self._unfit = self._ordered()
         num_updates = -(-len(self._order) // self._train.batch_samples)
         context.progress.say(f"starting DeepSpeed for {context.student(round_index).name}")
+        goes_on = self._train.lora is not None and not self._train.fresh_optimizer
         self.learner = Learner(
-            context.student(round_index), self._train, total_updates=num_updates * config.rounds
+            context.student(0 if goes_on else round_index),
+            self._train,
+            total_updates=num_updates * config.rounds,
         )
         self._loading = Loading(
             self._samples,
