@@ -77,6 +77,7 @@ def _decided(train: TrainConfig) -> Mapping[tuple[str, ...], tuple[JsonValue, st
         "tensor_parallel.autotp_size": (0, _ITSELF),
         "bf16.enabled": (train.dtype == "bfloat16", "train.dtype"),
         "bf16.bf16_master_weights_and_grads": (False, _ITSELF),
+        "bf16.check_grad_overflow": (True, _ITSELF),
         "fp16.enabled": (False, "train.dtype"),
         "torch_autocast.enabled": (False, "train.dtype"),
         "data_types.grad_accum_dtype": ("fp32", _ITSELF),

@@ -159,7 +159,10 @@ class _SupportView(torch.autograd.Function):
         chunk_tokens: int,
     ) -> tuple[Tensor, ...]:
         place = ids_TK, within_TK, topk, chunk_tokens
-        rows = [chunk.columns for _, chunk in _chunked(hidden_TD, weight_VD, *place)]
+        rows = []
+        for _, chunk in _chunked(hidden_TD, weight_VD, *place):
+            rows.append(chunk.columns)
+            del chunk
         columns = tuple(torch.cat(column) for column in zip(*rows, strict=True))
         ctx.save_for_backward(hidden_TD, weight_VD, ids_TK, within_TK)
         ctx.chunk_tokens = chunk_tokens
@@ -175,6 +178,7 @@ class _SupportView(torch.autograd.Function):
         place = ids_TK, within_TK, 1, ctx.chunk_tokens
         for part, chunk in _chunked(hidden_TD, weight_VD, *place):
             made.add(part, chunk.gradient(grad_TK[part], grad_tail_T[part]))
+            del chunk
         return *made.done(), None, None, None, None
 
 
@@ -201,6 +205,7 @@ class _SupportLoss(torch.autograd.Function):
                 pulls = torch.autograd.grad(loss, leaves, materialize_grads=True)
             total += loss.detach()
             made.add(part, chunk.gradient(*pulls))
+            del chunk
         ctx.made = made.done()
         return total
 
@@ -208,8 +213,9 @@ class _SupportLoss(torch.autograd.Function):
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
         # One on a CPU most often, where going over [V, D] once more is not for nothing.
         is_one = scale.device.type == "cpu" and float(scale) == 1
-        made = [None if g is None else g if is_one else g * scale.to(g.dtype) for g in ctx.made]
-        return *made, None, None, None, None, None
+        made, ctx.made = ctx.made, None  # [V, D] is let go as soon as it is added
+        scaled = (g if g is None or is_one else g.mul_(scale) for g in made)
+        return *scaled, None, None, None, None, None
 
 
 class _SupportLogits(torch.autograd.Function):

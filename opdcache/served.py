@@ -20,7 +20,9 @@ def refuse_unserved(context: RunContext, rollouts: RolloutRound) -> None:
     """
     loss = context.config.train.loss
     recorded = cell(loss).needs_recorded_topk
-    if not recorded and loss.support != "sampled":
+    ends = context.config.train.end_round
+    ratio = loss.support == "sampled" or loss.reference_kl > 0 or ends.ess is not None
+    if not recorded and not ratio:
         return
     policy = context.policy(rollouts.round) if recorded else rollouts.student
     if policy != rollouts.student:
@@ -36,7 +38,7 @@ def refuse_unserved(context: RunContext, rollouts: RolloutRound) -> None:
         if recorded and identity.student_topk < loss.k:
             got = f"{identity.student_topk} recorded entries a token"
             raise _refusal(loss, f"with k = {loss.k} needs more than is recorded", where, got=got)
-        if not recorded and "sampling_logprobs" in identity.absent:
+        if ratio and "sampling_logprobs" in identity.absent:
             raise _refusal(
                 loss,
                 "needs sampling_logprobs: without them nothing can say how far the student is "

@@ -232,7 +232,8 @@ class EndRound(Model):
         None,
         gt=0,
         le=1,
-        description="least effective sample size of p live / p sampling, as a share of the tokens",
+        description="least effective sample size of p live / p sampling, as a share of the tokens; "
+        "sampled at another temperature or top-p than 1 it begins below 1",
     )
     overlap: float | None = Field(
         None, gt=0, le=1, description="least overlap of the live student's top-k with the teacher's"
@@ -270,8 +271,8 @@ class TrainConfig(Model):
     max_staleness: int = Field(
         0,
         ge=0,
-        description="a round trains on the rollouts of so many rounds before it too, while they "
-        "are in the cache",
+        description="a round trains on the rollouts of so many rounds before it too; they must be "
+        "in the cache",
     )
     end_round: EndRound = Field(
         EndRound(), description="the round ends after an update that is below one of these limits"
@@ -403,6 +404,11 @@ class RunConfig(Model):
 
     @model_validator(mode="after")
     def _masters_are_float32(self) -> Self:
+        if self.train.dtype == "float32" and (self.train.attention or "").startswith("flash"):
+            raise ValueError(
+                "train.attention: flash attention does not compute in float32; set train.dtype to "
+                "bfloat16"
+            )
         if self.train.dtype == "bfloat16" and self.train.zero_stage == 0:
             raise ValueError(
                 "train.zero_stage: 0 keeps no float32 masters of bfloat16 weights; set it to 1, "
@@ -477,9 +483,9 @@ class RunConfig(Model):
             )
         if self.train.max_staleness and not tolerates_older(loss):
             raise ValueError(
-                f"train.max_staleness: support {loss.support!r} looks at what the round's own "
-                "policy sampled; take 'teacher_topk', 'overlap' or 'draws', or importance_cap "
-                "with 'sampled'"
+                "train.max_staleness: this loss looks at what the round's own policy sampled; "
+                "take support 'teacher_topk', 'overlap' or 'draws' without reference_kl, or "
+                "importance_cap with 'sampled'"
             )
         if tokens.fraction < 1 and tokens.by == "divergence" and not is_divergence(loss):
             raise ValueError(
@@ -497,6 +503,12 @@ class RunConfig(Model):
             raise ValueError(
                 f"{place}: it needs the score column {names}; add it to score.columns, or take a "
                 "backend that gives it"
+            )
+        ends = self.train.end_round
+        if (ends.overlap or ends.support_mass) and "topk" not in stored:
+            raise ValueError(
+                "train.end_round: overlap and support_mass need the score column topk of every "
+                "teacher"
             )
         if loss.reference is not None:
             self._reference_serves(loss.reference)

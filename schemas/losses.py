@@ -282,6 +282,8 @@ def is_divergence(loss: LossConfig) -> bool:
 def tolerates_older(loss: LossConfig) -> bool:
     """Whether rollouts of an older policy can serve the loss: what is stored must be valid for any
     student, or a weight must say how far this one is from the policy that sampled."""
+    if loss.reference_kl:
+        return False
     if loss.support == "sampled":
         return loss.importance_cap is not None
     return not cell(loss).needs_recorded_topk

@@ -608,3 +608,34 @@ def test_samples_with_a_fault_that_is_to_be_dropped_are_named_with_the_first_tha
     assert samples.unfit(["repetitive"]) == {2: "repetitive", 3: "repetitive"}
     both = samples.unfit(["repetitive", "truncated"])
     assert both == {1: "truncated", 2: "repetitive", 3: "truncated"}
+
+
+def test_columns_that_not_all_shards_have_are_left_out(tmp_path: Path) -> None:
+    store = Cache(str(tmp_path / "cache"))
+    shards, served = [], []
+    for number, columns in enumerate((("sampled", "topk"), ("entropy", "topk"))):
+        here = [(2 * number, 3), (2 * number + 1, 2)]
+        shard = commit_rollouts(store, [row_of(*one) for one in here], name=f"shard-{number}")
+        named: Any = columns
+        shards.append(shard)
+        served.append([commit_scores(store, shard, scores_of(here, named, K), named)])
+    batch = RoundSamples(store, *rounds(shards, served), K).collate([0, 3])
+    assert (batch.teacher_sampled_T, batch.teacher_entropy_T) == (None, None)
+    assert batch.topk_TK is not None
+    assert len(batch.topk_TK) == 5
+
+
+def test_sizes_are_read_once_and_scores_only_for_what_is_put_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    samples = samples_in(tmp_path)
+    read: list[int] = []
+    decode = samples._read
+    monkeypatch.setattr(samples, "_shard", lambda index: read.append(index) or decode(index))
+    everything = range(len(FLAT))
+    assert samples.num_tokens(everything) == sum(FLAT)
+    samples.dealt(everything, 2), samples.weight(everything), samples.longest(everything)
+    list(samples.micro_batches(everything, 30))
+    assert read == []
+    samples.collate(FILLED[:1])
+    assert set(read) == {0}

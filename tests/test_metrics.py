@@ -11,7 +11,7 @@ import pytest
 
 from opdcache.errors import ConfigError
 from opdcache.runfolder import RunFolder
-from opdcache.train.metrics import MetricsLog
+from opdcache.train.metrics import MetricsLog, refuse_missing
 
 
 @pytest.fixture
@@ -62,10 +62,7 @@ def test_trackio_gets_the_same_curves_where_it_is_asked_for(
     assert said == [("init", "opd"), ("log", (3, curves)), ("finish", None)]
 
 
-def test_trackio_that_is_not_there_is_told_before_anything_is_logged(
-    folder: RunFolder, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, "trackio", None)
+def test_trackio_that_is_not_there_is_told_when_it_is_asked_for() -> None:
+    refuse_missing(None)
     with pytest.raises(ConfigError, match="pip install trackio"):
-        MetricsLog(folder, 0, "opd")
-    assert not folder.metrics_path.exists()
+        refuse_missing("opd")

@@ -91,5 +91,5 @@ def test_a_round_ends_below_a_limit(limits: dict[str, float], why: str | None) -
     assert below(EndRound(**limits), values) == why
 
 
-def test_a_metric_that_is_not_there_ends_no_round() -> None:
-    assert below(EndRound(ess=0.9), {"loss": 1.0}) is None
+def test_a_metric_that_is_no_number_ends_a_round_too() -> None:
+    assert below(EndRound(ess=0.9), {"ess": math.nan}) == "ess is nan, below 0.9"

@@ -71,7 +71,9 @@ def test_updates_without_a_finite_gradient_are_skipped_and_counted(
 ) -> None:
     found = ended.round(f"skips-{stage}")
     assert (found.num_updates, found.num_skipped) == (1, 2)
-    assert found.num_samples == len(SAMPLES)
+    assert found.num_samples == BATCH
+    assert found.num_tokens == sum(LENGTHS[i] for i in ended.order[:BATCH])
+    assert found.dropped["gradient not finite"] == len(SAMPLES) - BATCH
     logged = RunFolder(ended.base / f"skips-{stage}").metrics()
     assert [row["update"] for row in logged] == [0]
 

@@ -757,17 +757,18 @@ def test_every_scoring_model_s_paths_are_the_run_file_s(tmp_path: Path) -> None:
         ({"support": "sampled", "normalisation": "none", "importance_cap": 2.0}, True),
         ({"support": "teacher_topk"}, True),
         ({"support": "overlap"}, True),
+        ({"support": "overlap", "reference": "base", "reference_kl": 0.1}, False),
     ],
 )
 def test_older_rounds_serve_only_a_loss_that_any_policys_rollouts_serve(
     tmp_path: Path, loss: dict[str, Any], serves: bool
 ) -> None:
-    changes = {"train.loss": loss, "train.max_staleness": 2}
+    changes = {"train.loss": loss, "train.max_staleness": 2, "references.base": {"model": "b"}}
     if serves:
         train = load(tmp_path, changes).train
         assert [list(train.trained_rounds(r)) for r in (0, 1, 4)] == [[0], [0, 1], [2, 3, 4]]
     else:
-        assert "train.max_staleness: support" in fault(run_file(tmp_path, changes))
+        assert "train.max_staleness: this loss looks" in fault(run_file(tmp_path, changes))
 
 
 @pytest.mark.parametrize(
@@ -775,8 +776,8 @@ def test_older_rounds_serve_only_a_loss_that_any_policys_rollouts_serve(
     [
         ({}, False),
         ({"packing": True}, True),
-        ({"attention": "flash_attention_2"}, True),
-        ({"attention": "flash_attention_2", "packing": False}, False),
+        ({"attention": "flash_attention_2", "dtype": "bfloat16"}, True),
+        ({"attention": "flash_attention_2", "dtype": "bfloat16", "packing": False}, False),
         ({"attention": "sdpa"}, False),
     ],
 )
@@ -807,3 +808,16 @@ def test_a_losss_reference_must_be_scored_with_what_the_loss_needs(
         assert load(tmp_path, {"train.loss": loss} | changes).train.loss.reference == "base"
     else:
         assert words in fault(run_file(tmp_path, {"train.loss": loss} | changes))
+
+
+def test_limits_of_a_round_need_what_they_look_at(tmp_path: Path) -> None:
+    sampled = {"train.loss": {"support": "sampled", "normalisation": "none"}}
+    changes = {"score.columns": ["sampled"], "train.end_round": {"overlap": 0.5}} | sampled
+
+    assert "need the score column topk of every teacher" in fault(run_file(tmp_path, changes))
+
+
+def test_flash_attention_in_float32_is_refused(tmp_path: Path) -> None:
+    changes = {"train.attention": "flash_attention_2", "train.dtype": "float32"}
+
+    assert "flash attention does not compute in float32" in fault(run_file(tmp_path, changes))

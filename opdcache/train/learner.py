@@ -180,6 +180,7 @@ class Learner:
             optimizer, lambda done: lr_factor(config.optimizer, done, total_updates)
         )
         self._optimizer = optimizer
+        self._saved: Saved | None = None
         try:
             self._engine: Any = deepspeed.initialize(
                 model=student,
@@ -243,8 +244,9 @@ class Learner:
     def save(self, checkpoints: Path, position: Position) -> None:
         """Save weights, float32 masters, moments, schedule and position; older saves go after."""
         state = Saved(position.round, position.num_updates, self.world_size)
-        if Saved.newest(checkpoints) == state:
+        if self._saved == state:
             return  # writing over the only saved state could lose it
+        self._saved = state
         tag = state.tag
         with space(checkpoints):
             self._engine.save_checkpoint(
@@ -265,7 +267,7 @@ class Learner:
         Without ZeRO every rank holds all of it. With ZeRO each holds a part, and another number of
         ranks takes it from DeepSpeed's universal format, which is made for the moment.
         """
-        saved = Saved.newest(checkpoints)
+        saved = self._saved = Saved.newest(checkpoints)
         assert saved is not None
         is_whole = self._config.lora is None
         if self._config.zero_stage == 0 or saved.num_ranks == self.world_size:

@@ -192,7 +192,7 @@ def metric_values(batch: MicroBatch, student: Live) -> dict[str, Tensor]:
         "student_entropy": student.view.entropy_T,
     }
     if batch.sampling_T is not None:
-        found["weight"] = (student.sampled_T - batch.sampling_T).exp()
+        found["weight"] = (student.sampled_T - batch.sampling_T).double().exp()
         found["weight_squared"] = found["weight"].square()
     if batch.teacher_sampled_T is not None:
         log_ratio_T = batch.teacher_sampled_T - student.sampled_T
@@ -212,9 +212,10 @@ def means(sums: Mapping[str, float]) -> dict[str, float]:
     tokens: 1 while the student is the policy that sampled; absent where its log-probs are.
     """
     measured = sums["num_measured"]
-    made = {n: v / measured for n, v in sums.items() if not n.startswith(("num_", "weight"))}
+    others = ("num_", "weight", "objective")
+    made = {name: v / measured for name, v in sums.items() if not name.startswith(others)}
     made["loss"] = sums["loss"] / sums["num_tokens"]
-    if "weight" in sums:
+    if sums.get("weight_squared"):
         made["ess"] = sums["weight"] ** 2 / (measured * sums["weight_squared"])
     return made
 

@@ -4,6 +4,7 @@ when asked for, trackio."""
 import json
 import math
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from typing import Any
 
 from ..errors import ConfigError
@@ -18,9 +19,6 @@ class MetricsLog:
         first_update: number of the first update that will be logged; later ones are dropped from a
             log that a stopped run left behind.
         trackio: project to log to as well.
-
-    Raises:
-        ConfigError: trackio is asked for and not installed.
     """
 
     def __init__(self, folder: RunFolder, first_update: int, trackio: str | None = None) -> None:
@@ -74,12 +72,20 @@ def _finite(values: Mapping[str, float]) -> dict[str, float | None]:
     return {name: value if math.isfinite(value) else None for name, value in values.items()}
 
 
-def _tracked(project: str, name: str) -> Any:
-    try:
-        import trackio
-    except ImportError as error:
+def refuse_missing(trackio: str | None) -> None:
+    """Refuse to begin what could not be logged; on every rank, before they wait for each other.
+
+    Raises:
+        ConfigError: trackio is asked for and not installed.
+    """
+    if trackio is not None and find_spec("trackio") is None:
         raise ConfigError(
             "trackio is not installed", where="train.trackio", remedy="pip install trackio"
-        ) from error
+        )
+
+
+def _tracked(project: str, name: str) -> Any:
+    import trackio
+
     trackio.init(project=project, name=name, resume="allow")
     return trackio

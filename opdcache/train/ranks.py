@@ -65,7 +65,9 @@ def lost_ranks() -> Iterator[None]:
         import torch
 
         if isinstance(error, torch.distributed.DistError) or "gloo" in str(error):
+            said = str(error).strip().splitlines()[:1]
             raise RankLost(
-                "another rank of the learner ended", remedy="its own error says why"
+                f"another rank of the learner ended, or is not reached: {' '.join(said)}",
+                remedy="its own error says why; else look at MASTER_ADDR and MASTER_PORT",
             ) from error
         raise

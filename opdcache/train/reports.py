@@ -57,8 +57,7 @@ class Report:
             for sample, loss in zip(share.samples, losses_B.tolist(), strict=True):
                 mean = loss / num_tokens([sample]) if math.isfinite(loss) else math.inf
                 worst, most = (sample, mean) if mean > most else (worst, most)
-        device = next(iter(self._sums.values())).device
-        return torch.tensor([worst, most], dtype=torch.float64, device=device)
+        return torch.tensor([worst, most], dtype=torch.float64)
 
     def values(
         self, grad_norm: float, lr: float, num_tokens: int, elapsed_s: float
@@ -98,9 +97,12 @@ def is_spike(loss: float, before: Sequence[float], factor: float) -> bool:
 
 
 def below(limits: EndRound, values: dict[str, float]) -> str | None:
-    """Which limit an update's metrics are below, as words; None when none."""
+    """Which limit an update's metrics are below, as words; None when none.
+
+    That they are reported is seen to before the round begins.
+    """
     for name, limit in limits:
-        if limit is not None and values.get(name, limit) < limit:
+        if limit is not None and not values[name] >= limit:  # nor is what is not a number
             return f"{name} is {values[name]:.3f}, below {limit:g}"
     return None
 

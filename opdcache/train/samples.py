@@ -9,7 +9,7 @@ S recorded student entries, N drawn ids.
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, fields
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from heapq import heapreplace
 from typing import Any, NamedTuple
 
@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..quality import faults
+from ..schemas.columns import ScoreColumn
 from ..schemas.manifests import Quality
 from ..schemas.rounds import RolloutRound, ScoredShard, ScoreRound
 from ..store import rollouts as shards
@@ -123,8 +124,29 @@ class MicroBatch:
         return MicroBatch(**columns | changed)
 
 
+class _Size(NamedTuple):
+    """What is known of a sample without its scores.
+
+    Attributes:
+        num_fed: tokens that the model reads: all before the last supervised one.
+        num_tokens: supervised tokens.
+        longest: places of the completion up to the last of them.
+        weight: see ``TokenRule.total``.
+        is_empty: whether the completion has no token.
+    """
+
+    num_fed: int
+    num_tokens: int
+    longest: int
+    weight: float
+    is_empty: bool
+
+
 class RoundSamples:
     """All samples of a round.
+
+    What the samples' sizes are is read once, shard by shard; scores are read when a micro-batch is
+    put together. Columns that not all of the round's shards have are left out.
 
     Args:
         k: teacher and recorded entries a token that the loss looks at.
@@ -146,7 +168,8 @@ class RoundSamples:
         reference: str | None = None,
     ) -> None:
         self._cache, self._rollouts, self._scores = cache, rollouts.shards, scores
-        self._reference = reference
+        self._by_reference = scores.references[reference] if reference else ()
+        self._columns, self._reference_columns = _common(scores.shards), _common(self._by_reference)
         self._k, self._mass, self._rule, self._packed = k, mass, rule, packed
         rows = [shard.num_rows for shard in self._rollouts]
         self._starts = np.concatenate([[0], np.cumsum(rows)])
@@ -190,20 +213,17 @@ class RoundSamples:
 
     def longest(self, samples: Sequence[int]) -> int:
         """Places of a completion, up to the last supervised one, at most."""
-        within = (self._piece(i).within for i in samples)
-        return max((int(places[-1]) + 1 for places in within if len(places)), default=0)
+        return max((self._sizes[i].longest for i in samples), default=0)
 
     def weight(self, samples: Sequence[int]) -> float:
         """What the loss of the samples is to be divided by; see ``TokenRule.total``."""
-        return sum(self._rule.total(self._piece(i).within) for i in samples)
+        return sum(self._sizes[i].weight for i in samples)
 
     def why_dropped(self, sample: int) -> str | None:
         """Why a sample cannot be trained on; None when it can."""
         if self._num_tokens(sample):
             return None
-        shard, row = self._place(sample)
-        empty = not len(self._shard(shard).completions[row])
-        return "empty completion" if empty else "no supervised token"
+        return "empty completion" if self._sizes[sample].is_empty else "no supervised token"
 
     def unfit(self, drop: Collection[Quality]) -> dict[int, Quality]:
         """Samples that have one of these faults, each with the first that it has."""
@@ -245,8 +265,9 @@ class RoundSamples:
             assert len(present) in (0, len(pieces)), "a round's shards have the same columns"
             return needed(present) if present else None
 
+        width = min(self._k, self._recorded[1])
         topk = [found for p in pieces if (found := p.topk(self._k, self._mass)) is not None]
-        recorded = [own for p in pieces if (own := p.recorded(self._k)) is not None]
+        recorded = [own for p in pieces if (own := p.recorded(width)) is not None]
         draws = [drawn for p in pieces if (drawn := p.draws()) is not None]
         return MicroBatch(
             num_sequences=len(pieces),
@@ -271,7 +292,7 @@ class RoundSamples:
             draw_ids_TN=joined(_alike([d.ids.astype(np.int64) for d in draws])),
             draw_counts_TN=joined(_alike([d.counts.astype(np.int64) for d in draws])),
             reference_sampled_T=joined([p.reference_sampled() for p in pieces]),
-            reference_recorded_TS=joined([p.reference_recorded(self._k) for p in pieces]),
+            reference_recorded_TS=joined([p.reference_recorded(width) for p in pieces]),
         )
 
     def _place(self, sample: int) -> tuple[int, int]:
@@ -283,36 +304,76 @@ class RoundSamples:
         return _Piece(self._shard(shard), row, self._rule)
 
     def _num_tokens(self, sample: int) -> int:
-        return len(self._piece(sample).within)
+        return self._sizes[sample].num_tokens
 
     def _length(self, sample: int) -> int:
-        return len(self._piece(sample).fed)
+        return self._sizes[sample].num_fed
 
-    def _read_scores(self, scored: ScoredShard) -> Scores:
-        return self._cache.open_score_set(scored.content, scored.teacher, scored.served).read()
+    @cached_property
+    def _sizes(self) -> list[_Size]:
+        """Of every sample."""
+        return [size for index in range(len(self._rollouts)) for size in self._measured(index)]
+
+    def _measured(self, index: int) -> Iterator[_Size]:
+        table = self._cache.read_rollouts(self._cache.need_rollouts(self._rollouts[index]))
+        names = ("prompt_token_ids", "completion_token_ids")
+        supervised, start = shards.supervised_tokens(table), 0
+        for prompt, completion in zip(*(shards.token_lists(table, n) for n in names), strict=True):
+            stop = start + len(completion)
+            within = self._rule.places(completion, supervised[start:stop])
+            longest = int(within[-1]) + 1 if len(within) else 0
+            yield _Size(
+                num_fed=len(prompt) + max(0, longest - 1),
+                num_tokens=len(within),
+                longest=longest,
+                weight=self._rule.total(within),
+                is_empty=not len(completion),
+            )
+            start = stop
+
+    @cached_property
+    def _recorded(self) -> tuple[bool, int]:
+        """Whether all shards have the log-probs of sampling, and how many entries of the student's
+        top-k all have."""
+        found = self._cache.objects.each(self._cache.need_rollouts, self._rollouts)
+        identities = [manifest.identity for manifest in found]
+        return (
+            all("sampling_logprobs" not in identity.absent for identity in identities),
+            min((identity.student_topk for identity in identities), default=0),
+        )
+
+    def _read_scores(self, scored: ScoredShard, columns: frozenset[ScoreColumn]) -> Scores:
+        wanted = [(sets, [c for c in sets.columns if c in columns]) for sets in scored.served]
+        served = [sets.model_copy(update={"columns": tuple(c)}) for sets, c in wanted if c]
+        return self._cache.open_score_set(scored.content, scored.teacher, served).read()
 
     def _read(self, index: int) -> Shard:
         listed, scored = self._rollouts[index], self._scores.shards[index]
-        reference = self._reference and self._scores.references[self._reference][index]
         table = self._cache.read_rollouts(self._cache.need_rollouts(listed))
-        names = table.column_names
+        has_sampling, num_recorded = self._recorded
         return Shard(
             prompts=shards.token_lists(table, "prompt_token_ids"),
             completions=shards.token_lists(table, "completion_token_ids"),
             sampling_logprobs=(
-                shards.flat_tokens(table, "sampling_logprobs", np.float32)
-                if "sampling_logprobs" in names
-                else None
+                shards.flat_tokens(table, "sampling_logprobs", np.float32) if has_sampling else None
             ),
             recorded_ids=(
-                shards.flat_tokens(table, "student_topk_ids", np.int64)
-                if "student_topk_ids" in names
-                else None
+                shards.flat_tokens(table, "student_topk_ids", np.int64) if num_recorded else None
             ),
             supervised=shards.supervised_tokens(table),
-            scores=self._read_scores(scored),
-            reference=self._read_scores(reference) if reference else None,
+            scores=self._read_scores(scored, self._columns),
+            reference=(
+                self._read_scores(self._by_reference[index], self._reference_columns)
+                if self._by_reference
+                else None
+            ),
         )
+
+
+def _common(shards: Sequence[ScoredShard]) -> frozenset[ScoreColumn]:
+    """Score columns that all shards have."""
+    each = [{c for sets in scored.served for c in sets.columns} for scored in shards]
+    return frozenset[ScoreColumn](each[0]).intersection(*each) if each else frozenset()
 
 
 class _Start(NamedTuple):

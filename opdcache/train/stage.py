@@ -1,5 +1,6 @@
 """Trains a round's student on its scored rollouts, and exports the next policy."""
 
+import math
 import os
 import time
 from collections import Counter
@@ -20,7 +21,7 @@ from ..stage import interrupts
 from ..store.upkeep import quarantining
 from .learner import Learner, Position, Saved
 from .loading import Loading, Share, Update
-from .metrics import MetricsLog
+from .metrics import MetricsLog, refuse_missing
 from .objective import Objective
 from .reports import Report, below, is_spike
 from .samples import RoundSamples
@@ -83,6 +84,7 @@ class _Training:
         config = context.config
         self._context, self._round, self._started = context, round_index, time.monotonic()
         self._loss, self._train = config.train.loss, config.train
+        refuse_missing(self._train.trackio)
         rollouts, scores = _pinned(context, self._train.trained_rounds(round_index))
         self._contents = digest([shard.content for shard in rollouts.shards])
         self._samples = RoundSamples(
@@ -96,13 +98,12 @@ class _Training:
             self._loss.reference,
         )
         self._order, self._unfit = self._ordered()
-        num_updates = -(-len(self._order) // self._train.batch_samples)
         context.progress.say(f"starting DeepSpeed for {context.student(round_index).name}")
         goes_on = self._train.lora is not None and not self._train.fresh_optimizer
         self.learner = Learner(
             context.student(0 if goes_on else round_index),
             self._train,
-            total_updates=num_updates * config.rounds,
+            total_updates=self._total_updates(),
         )
         self._loading = Loading(
             self._samples,
@@ -118,6 +119,12 @@ class _Training:
         self._losses: list[float] = []
         self._stop = self._stop_agreed = False
 
+    def _total_updates(self) -> int:
+        """Updates of the whole run, if every round samples as much as this one."""
+        mine = len(self._order) / len(self._train.trained_rounds(self._round))
+        counts = (len(self._train.trained_rounds(r)) for r in range(self._context.config.rounds))
+        return sum(math.ceil(mine * count / self._train.batch_samples) for count in counts)
+
     def _rule(self) -> TokenRule:
         tokens, special = self._train.tokens, tuple[int, ...]()
         if tokens.skip_special:
@@ -127,10 +134,16 @@ class _Training:
     @property
     def dropped(self) -> dict[str, int]:
         """Samples that were not trained on, by reason."""
-        reached = self._order[: self._position.num_samples]
+        position = self._position
+        reached = self._order[: position.next_update * self._train.batch_samples]
         nothing = Counter(why for i in reached if (why := self._samples.why_dropped(i)))
-        after = Counter({"round ended early": len(self._order) - len(reached)})
-        return {**self._unfit, **nothing, **+after}
+        more = Counter(
+            {
+                "gradient not finite": len(reached) - position.num_samples,
+                "round ended early": len(self._order) - len(reached),
+            }
+        )
+        return {**self._unfit, **nothing, **+more}
 
     def _ordered(self) -> tuple[list[int], Counter[str]]:
         """Samples in training order, and counts of those that ``train.drop`` leaves out.
@@ -237,13 +250,14 @@ class _Training:
             report.waited_s += waited_s
         self._stop_agreed = self._any_rank_stops()
         norm = self._finish(update, report) if update.num_tokens else None
+        skipped = update.num_tokens > 0 and norm is None
         self._position = replace(
             position,
             next_update=update.index + 1,
             num_updates=position.num_updates + (norm is not None),
-            num_samples=position.num_samples + len(update.samples),
-            num_tokens=position.num_tokens + update.num_tokens,
-            num_skipped=position.num_skipped + (update.num_tokens > 0 and norm is None),
+            num_samples=position.num_samples + (0 if skipped else len(update.samples)),
+            num_tokens=position.num_tokens + (0 if skipped else update.num_tokens),
+            num_skipped=position.num_skipped + skipped,
         )
         elapsed, self._lap = time.monotonic() - self._lap, time.monotonic()
         if norm is not None:
@@ -257,7 +271,7 @@ class _Training:
                     report.by_position,
                     worst_sample=report.worst_sample,
                 )
-        elif update.num_tokens:
+        elif skipped:
             self._skip(update, report)
         self._context.progress.advance(1, update.num_tokens)
 
@@ -280,7 +294,8 @@ class _Training:
     def _finish(self, update: Update, report: Report) -> float | None:
         """Update the weights; the gradient's norm, None where it is not finite."""
         report.sum_over_ranks(self.learner.sum)
-        worst = self.learner.gathered(report.worst(self._samples.num_tokens))
+        worst = report.worst(self._samples.num_tokens).to(self.learner.device)
+        worst = self.learner.gathered(worst)
         sample, report.worst_loss = worst[worst[:, 1].argmax()].tolist()
         report.worst_sample = self._samples.where(int(sample))
         return self.learner.step()
