@@ -8,7 +8,7 @@ Legend: T tokens, V vocabulary (rows of the head, padding included), D width, K 
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -103,10 +103,8 @@ def support_view(
         within_TK: bool, the ids whose outside mass is ``StudentView.tail_T``.
         topk: the k of ``StudentView.threshold_T``.
     """
-    topk = min(topk, weight_VD.shape[0])
-    return StudentView(
-        *_SupportView.apply(hidden_TD, weight_VD, ids_TK, within_TK, topk, chunk_tokens)  # type: ignore[no-untyped-call]
-    )
+    asked = _Asked(ids_TK, within_TK, min(topk, weight_VD.shape[0]), chunk_tokens)
+    return StudentView(*_SupportView.apply(hidden_TD, weight_VD, asked))  # type: ignore[no-untyped-call]
 
 
 def support_loss(
@@ -132,9 +130,8 @@ def support_loss(
     Returns:
         float32 scalar, the chunks' losses added up.
     """
-    topk = min(topk, weight_VD.shape[0])
-    place = ids_TK, within_TK, topk, chunk_tokens
-    return _SupportLoss.apply(hidden_TD, weight_VD, *place, loss_of)  # type: ignore[no-untyped-call,no-any-return]
+    asked = _Asked(ids_TK, within_TK, min(topk, weight_VD.shape[0]), chunk_tokens)
+    return _SupportLoss.apply(hidden_TD, weight_VD, asked, loss_of)  # type: ignore[no-untyped-call,no-any-return]
 
 
 def support_logits(
@@ -147,25 +144,28 @@ def support_logits(
     return _SupportLogits.apply(hidden_TD, weight_VD, ids_TK, chunk_tokens)  # type: ignore[no-untyped-call,no-any-return]
 
 
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """What is to be looked at; see ``support_view``. No gradient goes to any of it."""
+
+    ids_TK: Tensor
+    within_TK: Tensor | None
+    topk: int
+    chunk_tokens: int
+
+
 class _SupportView(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        hidden_TD: Tensor,
-        weight_VD: Tensor,
-        ids_TK: Tensor,
-        within_TK: Tensor | None,
-        topk: int,
-        chunk_tokens: int,
+        ctx: Any, hidden_TD: Tensor, weight_VD: Tensor, asked: _Asked
     ) -> tuple[Tensor, ...]:
-        place = ids_TK, within_TK, topk, chunk_tokens
         rows = []
-        for _, chunk in _chunked(hidden_TD, weight_VD, *place):
+        for _, chunk in _chunked(hidden_TD, weight_VD, asked):
             rows.append(chunk.columns)
             del chunk
         columns = tuple(torch.cat(column) for column in zip(*rows, strict=True))
-        ctx.save_for_backward(hidden_TD, weight_VD, ids_TK, within_TK)
-        ctx.chunk_tokens = chunk_tokens
+        ctx.save_for_backward(hidden_TD, weight_VD)
+        ctx.asked = asked
         ctx.mark_non_differentiable(*columns[2:])
         return columns
 
@@ -173,13 +173,12 @@ class _SupportView(torch.autograd.Function):
     def backward(
         ctx: Any, grad_TK: Tensor, grad_tail_T: Tensor, *_: Tensor
     ) -> tuple[Tensor | None, ...]:
-        hidden_TD, weight_VD, ids_TK, within_TK = ctx.saved_tensors
+        hidden_TD, weight_VD = ctx.saved_tensors
         made = _Gradients(hidden_TD, weight_VD, ctx.needs_input_grad)
-        place = ids_TK, within_TK, 1, ctx.chunk_tokens
-        for part, chunk in _chunked(hidden_TD, weight_VD, *place):
+        for part, chunk in _chunked(hidden_TD, weight_VD, replace(ctx.asked, topk=1)):
             made.add(part, chunk.gradient(grad_TK[part], grad_tail_T[part]))
             del chunk
-        return *made.done(), None, None, None, None
+        return *made.done(), None
 
 
 class _SupportLoss(torch.autograd.Function):
@@ -188,16 +187,12 @@ class _SupportLoss(torch.autograd.Function):
         ctx: Any,
         hidden_TD: Tensor,
         weight_VD: Tensor,
-        ids_TK: Tensor,
-        within_TK: Tensor | None,
-        topk: int,
-        chunk_tokens: int,
+        asked: _Asked,
         loss_of: Callable[[StudentView, slice], Tensor],
     ) -> Tensor:
         made = _Gradients(hidden_TD, weight_VD, ctx.needs_input_grad)
         total = hidden_TD.new_zeros((), dtype=torch.float32)
-        place = ids_TK, within_TK, topk, chunk_tokens
-        for part, chunk in _chunked(hidden_TD, weight_VD, *place):
+        for part, chunk in _chunked(hidden_TD, weight_VD, asked):
             logprobs_CK, tail_C, *rest = chunk.columns
             leaves = logprobs_CK.requires_grad_(), tail_C.requires_grad_()
             with torch.enable_grad():
@@ -215,7 +210,7 @@ class _SupportLoss(torch.autograd.Function):
         is_one = scale.device.type == "cpu" and float(scale) == 1
         made, ctx.made = ctx.made, None  # [V, D] is let go as soon as it is added
         scaled = (g if g is None or is_one else g.mul_(scale) for g in made)
-        return *scaled, None, None, None, None, None
+        return *scaled, None, None
 
 
 class _SupportLogits(torch.autograd.Function):
@@ -241,18 +236,17 @@ class _SupportLogits(torch.autograd.Function):
 
 
 def _chunked(
-    hidden_TD: Tensor,
-    weight_VD: Tensor,
-    ids_TK: Tensor,
-    within_TK: Tensor | None,
-    topk: int,
-    chunk_tokens: int,
+    hidden_TD: Tensor, weight_VD: Tensor, asked: _Asked
 ) -> Iterator[tuple[slice, "_Chunk"]]:
     """The distributions of all tokens, a chunk at a time; one must be let go before the next."""
-    weight = matmul_ready(weight_VD)
-    for part in chunks(len(hidden_TD), chunk_tokens):
+    weight, within_TK = matmul_ready(weight_VD), asked.within_TK
+    for part in chunks(len(hidden_TD), asked.chunk_tokens):
         within_CK = None if within_TK is None else within_TK[part]
-        yield part, _Chunk(matmul(hidden_TD[part], weight.t()), ids_TK[part], within_CK, topk)
+        logits_CV = matmul(hidden_TD[part], weight.t())
+        chunk = _Chunk(logits_CV, asked.ids_TK[part], within_CK, asked.topk)
+        del logits_CV
+        yield part, chunk
+        del chunk
 
 
 class _Chunk:
@@ -267,23 +261,28 @@ class _Chunk:
     ) -> None:
         self._memory_CV, self._ids_CK, self._within_CK = logits_CV, ids_CK, within_CK
         self._small: dict[int, tuple[Tensor, Tensor]] = {}
-        rows = [self._look(block, topk) for block in blocks(logits_CV)]
-        *self.columns, self._total_C = (torch.cat(column) for column in zip(*rows, strict=True))
-        self._tail_C = self.columns[1]
+        num_tokens, logprobs_CK = len(logits_CV), logits_CV.new_empty(ids_CK.shape)
+        # Made before the blocks: kept between what each needs and gives back, a heap breaks up.
+        self._tail_C, entropy_C, threshold_C, self._total_C = (
+            logits_CV.new_zeros(num_tokens) for _ in range(4)
+        )
+        self.columns = logprobs_CK, self._tail_C, entropy_C, threshold_C
+        for block in blocks(logits_CV):
+            self._look(block, topk)
 
-    def _look(self, block: slice, topk: int) -> tuple[Tensor, ...]:
-        """The view of a block, and its sums of exponentials, which take the logits' place."""
+    def _look(self, block: slice, topk: int) -> None:
+        """Fill a block's place in the view, and put its exponentials in the logits' place."""
         dense, ids_BK = Dense.of(self._memory_CV[block]), self._ids_CK[block]
-        tail_B = torch.zeros_like(dense.total_B)
+        logprobs_CK, tail_C, entropy_C, threshold_C = self.columns
         if self._within_CK is not None:
-            tail_B = dense.tail(ids_BK, self._within_CK[block])
-            tiny = (tail_B < math.log(TINY)).nonzero()[:, 0]
+            tail_C[block] = dense.tail(ids_BK, self._within_CK[block])
+            tiny = (tail_C[block] < math.log(TINY)).nonzero()[:, 0]
             self._small[block.start] = tiny, dense.shifted_BV[tiny]
-        logprobs_BK = dense.logprobs(dense.shifted_BV.gather(1, ids_BK))
-        threshold_B = dense.logprobs(likeliest(dense.shifted_BV, topk)[0])[:, -1]
-        entropy_B = dense.entropy()
+        logprobs_CK[block] = dense.logprobs(dense.shifted_BV.gather(1, ids_BK))
+        threshold_C[block] = dense.logprobs(likeliest(dense.shifted_BV, topk)[0])[:, -1]
+        entropy_C[block] = dense.entropy()
+        self._total_C[block] = dense.total_B
         self._memory_CV[block] = dense.weights_BV
-        return logprobs_BK, tail_B, entropy_B, threshold_B, dense.total_B
 
     def gradient(self, pull_CK: Tensor, pull_tail_C: Tensor) -> Tensor:
         """Gradient with respect to the logits, [C, V], of a loss whose gradients with respect to
