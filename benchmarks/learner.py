@@ -37,9 +37,9 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))  # it may be run as a 
 
 from benchmarks.score import Case, of_demo, prepared
 from opdcache.runfolder import RunFolder
-from opdcache.schemas.config import OptimizerConfig, TrainConfig
 from opdcache.schemas.losses import LossConfig, TokensConfig
 from opdcache.schemas.rounds import RolloutRound
+from opdcache.schemas.training import OptimizerConfig, TrainConfig
 from opdcache.score import stage
 from opdcache.store import rollouts as shards
 

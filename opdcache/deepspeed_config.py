@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import JsonValue
 
 from .errors import ConfigError
-from .schemas.config import TrainConfig
+from .schemas.training import TrainConfig
 
 _AUTO = "auto"
 _ITSELF = "the learner"

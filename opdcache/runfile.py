@@ -19,10 +19,10 @@ from .schemas.config import (
     PromptSource,
     ReasoningGymSource,
     RunConfig,
-    TrainConfig,
 )
 from .schemas.plan import Rates
 from .schemas.teachers import STUDENT, HttpBackend, TeacherConfig
+from .schemas.training import TrainConfig
 
 AnyModel = TypeVar("AnyModel", bound=Model)
 

@@ -27,7 +27,8 @@ from opdcache.schemas.config import RunConfig
 from opdcache.schemas.rounds import Resolved
 from opdcache.stage import Silent, Worker
 from opdcache.store.cache import Cache
-from opdcache.train.samples import MicroBatch, RoundSamples
+from opdcache.train.microbatch import MicroBatch
+from opdcache.train.samples import RoundSamples
 from opdcache.train.stage import run
 
 

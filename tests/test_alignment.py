@@ -20,7 +20,8 @@ from opdcache.score.transformers_scorer import TransformersScorer
 from opdcache.store.cache import Cache, as_listed, rollout_commit
 from opdcache.store.scores import Draws, Scores, StudentTopK, TopK
 from opdcache.train.live import loss_weights
-from opdcache.train.samples import MicroBatch, RoundSamples
+from opdcache.train.microbatch import MicroBatch
+from opdcache.train.samples import RoundSamples
 from opdcache.train.weights import TokenRule
 
 from . import shards

@@ -10,7 +10,7 @@ import yaml
 from opdcache.deepspeed_config import deepspeed_config
 from opdcache.errors import ConfigError
 from opdcache.runfile import load_run
-from opdcache.schemas.config import OptimizerConfig, TrainConfig
+from opdcache.schemas.training import OptimizerConfig, TrainConfig
 
 EXAMPLE: dict[str, Any] = {
     "fp16": {"enabled": "auto", "loss_scale": 0, "hysteresis": 2},

@@ -11,7 +11,8 @@ import torch
 
 from opdcache.models import load_model
 from opdcache.train.loading import Loading, Share, ahead
-from opdcache.train.samples import MicroBatch, RoundSamples
+from opdcache.train.microbatch import MicroBatch
+from opdcache.train.samples import RoundSamples
 
 from .test_alignment import FILLED, FLAT, samples_in, tokens_of
 

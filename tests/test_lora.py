@@ -12,7 +12,8 @@ from torch import Tensor
 
 from opdcache.errors import ConfigError, NotInstalled
 from opdcache.runfolder import RunFolder
-from opdcache.schemas.config import LoraConfig, RunConfig
+from opdcache.schemas.config import RunConfig
+from opdcache.schemas.training import LoraConfig
 from opdcache.store.cache import Cache
 from opdcache.train.lora import add_adapters
 from opdcache.train.samples import RoundSamples

@@ -33,8 +33,8 @@ from opdcache.train.live import (
     within_support,
 )
 from opdcache.train.losses import OnSupport, token_losses
+from opdcache.train.microbatch import MicroBatch
 from opdcache.train.objective import POSITIONS, Objective
-from opdcache.train.samples import MicroBatch
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from opdcache.schemas.config import EndRound
+from opdcache.schemas.training import EndRound
 from opdcache.train.loading import Share, Update
 from opdcache.train.objective import POSITIONS
 from opdcache.train.reports import Report, below, is_spike

@@ -6,9 +6,7 @@ Legend: B sequences, L padded length, T completion tokens, K support.
 import math
 import os
 import shutil
-import subprocess
-import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,69 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from ..deepspeed_config import deepspeed_config
-from ..errors import ConfigError, EngineError, ModelError
+from ..errors import ConfigError, ModelError
 from ..heads import StudentView, split_head, support_logits, support_loss, support_view
 from ..identity import tokenizer_files
 from ..models import default_device, load_model
-from ..schemas.config import OptimizerConfig, TrainConfig
+from ..schemas.training import OptimizerConfig, TrainConfig
 from .drafts import space, whole
 from .lora import add_adapters, save_merged
 from .objective import Objective
-
-
-@dataclass(frozen=True, slots=True)
-class Position:
-    """How far a run's learner is; saved with its state.
-
-    Attributes:
-        round: round in training.
-        contents: digest of the shards that the round trains on.
-        next_update: updates of the round that are done.
-        num_updates: updates of the run that are done.
-        num_samples, num_tokens: trained on in the round so far.
-        num_skipped: updates of the round that were left out.
-        elapsed_s: seconds spent on the round so far.
-        ended_early: why the round ends here; None while it goes on.
-    """
-
-    round: int
-    contents: str
-    next_update: int = 0
-    num_updates: int = 0
-    num_samples: int = 0
-    num_tokens: int = 0
-    num_skipped: int = 0
-    elapsed_s: float = 0.0
-    ended_early: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Saved:
-    """What the name of a saved state tells before it is loaded.
-
-    Attributes:
-        round: round in training when it was saved.
-        num_updates: updates of the run that were done.
-        num_ranks: ranks that saved it.
-    """
-
-    round: int
-    num_updates: int
-    num_ranks: int
-
-    @property
-    def tag(self) -> str:
-        """Name of the state's folder."""
-        return f"round-{self.round:03d}-update-{self.num_updates:06d}-ranks-{self.num_ranks}"
-
-    @classmethod
-    def newest(cls, checkpoints: Path) -> "Saved | None":
-        """The newest saved state; None when there is none."""
-        try:
-            tag = (checkpoints / "latest").read_text().strip()
-        except FileNotFoundError:
-            return None
-        return cls(*(int(part) for part in tag.split("-")[1::2]))
+from .saved import Position, Saved, make_universal
 
 
 class SupportHead(nn.Module):
@@ -282,7 +226,7 @@ class Learner:
         universal = checkpoints / "universal"
         if self.rank == 0:
             with space(checkpoints):
-                _make_universal(checkpoints / saved.tag, universal)
+                make_universal(checkpoints / saved.tag, universal)
         self.barrier()
         self._engine._config.load_universal_checkpoint = True
         _, state = self._engine.load_checkpoint(str(universal), tag=saved.tag)
@@ -382,30 +326,6 @@ def _init_distributed() -> None:
         world_size=1,
     )
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
-
-
-def _make_universal(saved: Path, folder: Path) -> None:
-    """Convert a saved state, below a folder that is made anew; what was saved stays as it is.
-
-    Raises:
-        EngineError: DeepSpeed cannot.
-    """
-    shutil.rmtree(folder, ignore_errors=True)
-    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal"]
-    places = ["--input_folder", str(saved), "--output_folder", str(folder / saved.name)]
-    done = subprocess.run(
-        [*command, *places, "--inject_missing_state"],
-        env={k: v for k, v in os.environ.items() if k != "RANK"} | {"DS_ACCELERATOR": "cpu"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode:
-        raise EngineError(
-            f"DeepSpeed cannot convert the learner's state: {done.stderr.strip()[-300:]}",
-            where=saved,
-            remedy="launch as many ranks as the folder's name says",
-        )
 
 
 def _model_state(state: dict[str, Tensor]) -> dict[str, Tensor]:

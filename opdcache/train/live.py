@@ -12,7 +12,7 @@ from torch import Tensor
 from ..heads import StudentView
 from ..schemas.losses import LossConfig, TokensConfig, cell
 from .losses import OnSupport, reverse_kl, with_tail
-from .samples import MicroBatch
+from .microbatch import MicroBatch
 from .weights import largest
 
 _LEAST_LEFT = 1 / 128

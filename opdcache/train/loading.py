@@ -11,7 +11,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
 
-from .samples import MicroBatch, RoundSamples
+from .microbatch import MicroBatch
+from .samples import RoundSamples
 
 _AHEAD = 4
 """Micro-batches that wait for the learner."""
@@ -88,7 +89,7 @@ class Loading:
         """
         return ahead(self._shares(first_update), _AHEAD)
 
-    def update(self, index: int) -> Update:
+    def _update(self, index: int) -> Update:
         """What an update takes."""
         start = index * self._batch_samples
         batch, samples = self._order[start : start + self._batch_samples], self._samples
@@ -101,7 +102,7 @@ class Loading:
         )
 
     def _shares(self, first_update: int) -> Iterator[Share]:
-        for update in map(self.update, range(first_update, self.num_updates)):
+        for update in map(self._update, range(first_update, self.num_updates)):
             if not update.num_tokens:
                 yield Share(update, (), None, 0)
             for samples, weight in self._cut(update.samples):

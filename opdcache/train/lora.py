@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError, NotInstalled
 from ..models import load_model
-from ..schemas.config import LoraConfig
+from ..schemas.training import LoraConfig
 
 _SEED = 0
 

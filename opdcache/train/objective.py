@@ -10,7 +10,7 @@ from ..heads import StudentView
 from ..schemas.losses import LossConfig, TokensConfig, is_local
 from .live import ids_to_gather, live, loss_weights, metric_values, on_support, within_support
 from .losses import token_losses
-from .samples import MicroBatch
+from .microbatch import MicroBatch
 
 POSITIONS = 1024
 """Places of a completion that are reported together (arXiv 2604.13016 looks at depth so)."""

@@ -12,7 +12,7 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from ..schemas.config import EndRound
+from ..schemas.training import EndRound
 from .live import means
 from .loading import Share
 from .objective import POSITIONS, Objective

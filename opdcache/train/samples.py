@@ -7,8 +7,8 @@ Legend: B sequences, L padded length, T completion tokens of the micro-batch, K 
 S recorded student entries, N drawn ids.
 """
 
-from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from heapq import heapreplace
 from typing import Any, NamedTuple
@@ -25,6 +25,7 @@ from ..schemas.rounds import RolloutRound, ScoredShard, ScoreRound
 from ..store import rollouts as shards
 from ..store.cache import Cache
 from ..store.scores import Draws, Scores, TopK
+from .microbatch import MicroBatch, alike, packed, padded
 from .weights import TokenRule
 
 _SHARDS_IN_MEMORY = 32
@@ -46,82 +47,6 @@ class Shard:
     def offsets(self) -> NDArray[np.int64]:
         """[N + 1]: where each completion's tokens are on the token axis."""
         return self.scores.token_offsets
-
-
-@dataclass(frozen=True, slots=True)
-class MicroBatch:
-    """Sequences of one forward and backward; T are the supervised tokens alone.
-
-    Token t of the batch is predicted by the hidden state at ``(rows_T[t], columns_T[t])``. Tokens
-    that are masked are fed, and stand nowhere else. Absent columns are None.
-
-    Attributes:
-        num_sequences: completions.
-        input_ids_BL: int64; what comes after all that predicts a supervised token is not fed. A
-            row a sequence, padded on the right; or all in one row, one after another.
-        position_ids_BL: int64, of packed sequences, each of which begins at 0; None of padded ones.
-        sequences_T, places_T: int64, which completion a token is of, and where it stands in it.
-        weights_T: float32, how much each counts in the loss before any is chosen.
-        sampled_T: int64, the supervised tokens.
-        sampling_T: float32, log-prob under the distribution sampled from; None where an import
-            had none.
-        teacher_sampled_T, teacher_entropy_T: float32.
-        topk_ids_TK, topk_TK, kept_TK, tail_T: the teacher's likeliest entries.
-        recorded_ids_TS, recorded_TS, recorded_tail_T: ids that the student recorded, the teacher's
-            log-probs of them, and the log of its mass elsewhere.
-        draw_ids_TN, draw_counts_TN: ids that the teacher drew, and how often; 0 past the last.
-        reference_sampled_T, reference_recorded_TS: a reference's log-probs of the sampled token and
-            of the recorded ids.
-    """
-
-    num_sequences: int
-    input_ids_BL: Tensor
-    position_ids_BL: Tensor | None
-    rows_T: Tensor
-    columns_T: Tensor
-    sequences_T: Tensor
-    places_T: Tensor
-    weights_T: Tensor
-    sampled_T: Tensor
-    sampling_T: Tensor | None
-    teacher_sampled_T: Tensor | None
-    teacher_entropy_T: Tensor | None
-    topk_ids_TK: Tensor | None
-    topk_TK: Tensor | None
-    kept_TK: Tensor | None
-    tail_T: Tensor | None
-    recorded_ids_TS: Tensor | None
-    recorded_TS: Tensor | None
-    recorded_tail_T: Tensor | None
-    draw_ids_TN: Tensor | None
-    draw_counts_TN: Tensor | None
-    reference_sampled_T: Tensor | None = None
-    reference_recorded_TS: Tensor | None = None
-
-    @property
-    def num_tokens(self) -> int:
-        """Supervised tokens."""
-        return int(self.sampled_T.shape[0])
-
-    def cut(self, part: slice) -> "MicroBatch":
-        """The same sequences with some of the supervised tokens."""
-        return self._with(lambda column: column[part], lambda name: "_T" in name)
-
-    def pinned(self) -> "MicroBatch":
-        """In memory that an accelerator copies from while it computes."""
-        return self._with(lambda column: column.pin_memory())
-
-    def to(self, device: torch.device) -> "MicroBatch":
-        """On a device."""
-        return self._with(lambda column: column.to(device, non_blocking=True))
-
-    def _with(
-        self, change: Callable[[Tensor], Tensor], of: Callable[[str], bool] = lambda name: True
-    ) -> "MicroBatch":
-        """The same with some of the tensors changed."""
-        columns = {field.name: getattr(self, field.name) for field in fields(self)}
-        changed = {n: change(c) for n, c in columns.items() if isinstance(c, Tensor) and of(n)}
-        return MicroBatch(**columns | changed)
 
 
 class _Size(NamedTuple):
@@ -252,7 +177,7 @@ class RoundSamples:
         """Tensors of the samples; every sample has tokens to supervise."""
         pieces = [self._piece(i) for i in samples]
         fed = [p.fed for p in pieces]
-        lay = _packed if self._packed else _padded
+        lay = packed if self._packed else padded
         input_ids, position_ids, starts = lay(fed)
         sequences = [np.full(len(p.within), i) for i, p in enumerate(pieces)]
         columns = [len(p.prompt) - 1 + p.within for p in pieces]
@@ -282,15 +207,15 @@ class RoundSamples:
             sampling_T=joined([p.sampling() for p in pieces]),
             teacher_sampled_T=joined([p.score("sampled_logprobs") for p in pieces]),
             teacher_entropy_T=joined([p.score("entropy") for p in pieces]),
-            topk_ids_TK=joined(_alike([t.ids.astype(np.int64) for t in topk])),
-            topk_TK=joined(_alike([t.logprobs for t in topk])),
-            kept_TK=joined(_alike([t.kept for t in topk])),
+            topk_ids_TK=joined(alike([t.ids.astype(np.int64) for t in topk])),
+            topk_TK=joined(alike([t.logprobs for t in topk])),
+            kept_TK=joined(alike([t.kept for t in topk])),
             tail_T=joined([t.tail_logprobs for t in topk]),
             recorded_ids_TS=joined([r[0] for r in recorded]),
             recorded_TS=joined([r[1] for r in recorded]),
             recorded_tail_T=joined([r[2] for r in recorded]),
-            draw_ids_TN=joined(_alike([d.ids.astype(np.int64) for d in draws])),
-            draw_counts_TN=joined(_alike([d.counts.astype(np.int64) for d in draws])),
+            draw_ids_TN=joined(alike([d.ids.astype(np.int64) for d in draws])),
+            draw_counts_TN=joined(alike([d.counts.astype(np.int64) for d in draws])),
             reference_sampled_T=joined([p.reference_sampled() for p in pieces]),
             reference_recorded_TS=joined([p.reference_recorded(width) for p in pieces]),
         )
@@ -374,39 +299,6 @@ def _common(shards: Sequence[ScoredShard]) -> frozenset[ScoreColumn]:
     """Score columns that all shards have."""
     each = [{c for sets in scored.served for c in sets.columns} for scored in shards]
     return frozenset[ScoreColumn](each[0]).intersection(*each) if each else frozenset()
-
-
-class _Start(NamedTuple):
-    """Where a sequence begins among the tokens fed."""
-
-    row: int
-    column: int
-
-
-_Laid = tuple[NDArray[np.int64], NDArray[np.int64] | None, list[_Start]]
-"""Token ids, position ids, and where each sequence begins."""
-
-
-def _padded(fed: Sequence[NDArray[np.int32]]) -> _Laid:
-    """A row a sequence."""
-    ids = np.zeros((len(fed), max(map(len, fed))), np.int64)
-    for row, sequence in enumerate(fed):
-        ids[row, : len(sequence)] = sequence
-    return ids, None, [_Start(row, 0) for row in range(len(fed))]
-
-
-def _packed(fed: Sequence[NDArray[np.int32]]) -> _Laid:
-    """All sequences in one row, told apart by their position ids."""
-    lengths = [len(sequence) for sequence in fed]
-    ids = np.concatenate(fed).astype(np.int64)[None]
-    positions = np.concatenate([np.arange(length) for length in lengths])[None]
-    return ids, positions, [_Start(0, int(s)) for s in np.cumsum([0, *lengths[:-1]])]
-
-
-def _alike(entries: Sequence[NDArray[Any]]) -> list[NDArray[Any]]:
-    """Entries of equal width: sets that were made for another k may stand in one batch."""
-    width = max((e.shape[1] for e in entries), default=0)
-    return [np.pad(e, ((0, 0), (0, width - e.shape[1]))) for e in entries]
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,12 +19,13 @@ from ..schemas.rounds import RolloutRound, ScoreRound, TrainRound
 from ..served import refuse_unserved
 from ..stage import interrupts
 from ..store.upkeep import quarantining
-from .learner import Learner, Position, Saved
+from .learner import Learner
 from .loading import Loading, Share, Update
 from .metrics import MetricsLog, refuse_missing
 from .objective import Objective
 from .reports import Report, below, is_spike
 from .samples import RoundSamples
+from .saved import Position, Saved
 from .weights import TokenRule
 
 
