@@ -6,8 +6,10 @@ and may lack what its sampling would have recorded (docs/design.md, Losses).
 
 from .errors import LossError
 from .runfolder import RunContext
-from .schemas.losses import LossConfig, cell
+from .schemas.losses import cell
 from .schemas.rounds import RolloutRound
+
+_SERVED = "take support 'teacher_topk', 'overlap' or 'draws', which any rollouts serve"
 
 
 def refuse_unserved(context: RunContext, rollouts: RolloutRound) -> None:
@@ -18,35 +20,49 @@ def refuse_unserved(context: RunContext, rollouts: RolloutRound) -> None:
         InputsMissing: the policy that the round starts from is not there yet.
         ObjectMissing: a shard is not in the cache.
     """
-    loss = context.config.train.loss
-    recorded = cell(loss).needs_recorded_topk
-    ends = context.config.train.end_round
-    ratio = loss.support == "sampled" or loss.reference_kl > 0 or ends.ess is not None
+    loss, ends = context.config.train.loss, context.config.train.end_round
+    support, recorded = f"support {loss.support!r}", cell(loss).needs_recorded_topk
+    another = _disagreement(context, rollouts) if recorded or loss.reference_kl else None
+    if another and recorded:
+        raise _refusal(
+            f"{support} needs the teacher's log-probs at ids that the live student chose, and "
+            "these rollouts are another policy's",
+            **another,
+        )
+    if another:
+        raise _refusal(
+            "reference_kl needs tokens that the live student sampled, and these rollouts are "
+            "another policy's",
+            remedy="leave it out, or sample in this run",
+            **another,
+        )
+    ratio = support if loss.support == "sampled" else "train.end_round.ess" if ends.ess else None
     if not recorded and not ratio:
         return
-    policy = context.policy(rollouts.round) if recorded else rollouts.student
-    if policy != rollouts.student:
-        raise _refusal(
-            loss,
-            "needs the teacher's log-probs at ids that the live student chose, and these rollouts "
-            "are another policy's",
-            expected=f"policy {policy[:12]}",
-            got=rollouts.student[:12],
-        )
     for manifest in context.cache.objects.each(context.cache.need_rollouts, rollouts.shards):
         identity, where = manifest.identity, f"rollout shard {manifest.key[:12]}"
         if recorded and identity.student_topk < loss.k:
             got = f"{identity.student_topk} recorded entries a token"
-            raise _refusal(loss, f"with k = {loss.k} needs more than is recorded", where, got=got)
+            why = f"{support} with k = {loss.k} needs more than is recorded"
+            raise _refusal(why, where, got=got)
         if ratio and "sampling_logprobs" in identity.absent:
             raise _refusal(
-                loss,
-                "needs sampling_logprobs: without them nothing can say how far the student is "
-                "from the policy that sampled",
+                f"{ratio} needs sampling_logprobs: without them nothing can say how far the "
+                "student is from the policy that sampled",
                 where,
+                _SERVED if loss.support == "sampled" else "leave it out",
             )
 
 
-def _refusal(loss: LossConfig, why: str, where: str = "train.loss", **details: str) -> LossError:
-    remedy = "take support 'teacher_topk', 'overlap' or 'draws', which any rollouts serve"
-    return LossError(f"support {loss.support!r} {why}", where=where, remedy=remedy, **details)
+def _disagreement(context: RunContext, rollouts: RolloutRound) -> dict[str, str] | None:
+    """The policy that the round starts from and the one that sampled, where they differ."""
+    policy = context.policy(rollouts.round)
+    if policy == rollouts.student:
+        return None
+    return {"expected": f"policy {policy[:12]}", "got": rollouts.student[:12]}
+
+
+def _refusal(
+    why: str, where: str = "train.loss", remedy: str = _SERVED, **details: str
+) -> LossError:
+    return LossError(why, where=where, remedy=remedy, **details)

@@ -230,6 +230,32 @@ def test_the_sampled_token_needs_the_log_probs_that_it_was_sampled_with(
     rollout(with_loss(base, "teacher_topk"), 0)
 
 
+def test_a_limit_on_the_sample_size_needs_the_log_probs_that_were_sampled_with(
+    base: dict[str, Any], tmp_path: Path, tiny_student: Path
+) -> None:
+    imported(
+        tmp_path,
+        tiny_student,
+        [{k: v for k, v in row.items() if k != "sampling_logprobs"} for row in ROWS],
+    )
+    limited = base | {"train": {"end_round": {"ess": 0.5}}}
+    with pytest.raises(
+        LossError, match=r"train.end_round.ess needs sampling_logprobs.*leave it out"
+    ):
+        rollout(opened(limited), 0)
+
+
+def test_the_kl_to_a_reference_is_refused_on_another_policys_rollouts(
+    base: dict[str, Any], tmp_path: Path, tiny_student: Path, tiny_teacher: Path
+) -> None:
+    imported(tmp_path, tiny_teacher)
+    scored = base | {"references": {"base": {"model": str(tiny_student)}}}
+    options = {"reference": "base", "reference_kl": 0.1}
+    with pytest.raises(LossError, match="reference_kl needs tokens that the live student sampled"):
+        rollout(with_loss(scored, "teacher_topk", **options), 0)
+    rollout(with_loss(scored, "overlap"), 0)
+
+
 def test_the_sampled_token_is_served_where_the_log_probs_are(
     base: dict[str, Any], tmp_path: Path, tiny_student: Path
 ) -> None:

@@ -233,6 +233,7 @@ class _Training:
         self._started = time.monotonic()
         self._position = replace(self._position, elapsed_s=elapsed)
         self.learner.save(self._context.folder.checkpoints, self._position)
+        self._lap = time.monotonic()  # no update's time
 
     def _update(
         self, update: Update, mine: Iterable[tuple[Share, float]], log: MetricsLog | None
