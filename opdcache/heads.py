@@ -340,13 +340,18 @@ class _Gradients:
         self._hidden_TD, self._weight_VD = hidden_TD, weight_VD
         self._ready_VD = matmul_ready(weight_VD)
         self._to_hidden_TD = torch.zeros_like(hidden_TD) if needed[0] else None
-        self._to_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if needed[1] else None
+        self._needs_weight = needed[1]
+        self._to_weight_VD: Tensor | None = None
 
     def add(self, part: slice, grad_CV: Tensor) -> None:
         """Of a chunk's logits."""
         if self._to_hidden_TD is not None:
             self._to_hidden_TD[part] = matmul(grad_CV, self._ready_VD).to(self._hidden_TD.dtype)
-        if self._to_weight_VD is not None:
+        if not self._needs_weight:
+            return
+        if self._to_weight_VD is None:
+            self._to_weight_VD = matmul(grad_CV.t(), self._hidden_TD[part])
+        else:
             add_matmul(self._to_weight_VD, grad_CV.t(), self._hidden_TD[part])
 
     def add_rows(self, part: slice, ids_CK: Tensor, grad_CK: Tensor) -> None:
@@ -355,7 +360,9 @@ class _Gradients:
             rows_CKD = self._weight_VD[ids_CK].float()
             found_CD = torch.bmm(grad_CK[:, None], rows_CKD)[:, 0]
             self._to_hidden_TD[part] = found_CD.to(self._hidden_TD.dtype)
-        if self._to_weight_VD is not None:
+        if self._needs_weight:
+            if self._to_weight_VD is None:
+                self._to_weight_VD = torch.zeros_like(self._weight_VD, dtype=torch.float32)
             outer_CKD = grad_CK[:, :, None] * self._hidden_TD[part, None].float()
             self._to_weight_VD.index_add_(0, ids_CK.flatten(), outer_CKD.flatten(0, 1))
 

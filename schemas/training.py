@@ -126,9 +126,9 @@ class TrainConfig(Model):
     )
     gradient_checkpointing: bool = Field(False, description="recompute activations")
     head_chunk_tokens: int = Field(
-        256,
+        512,
         ge=1,
-        description="tokens of one LM-head chunk: some four times so many logits are held",
+        description="tokens of one LM-head chunk, whose logits are held",
     )
     measure_every: int = Field(
         16,
