@@ -20,19 +20,23 @@ from learner_process import carry_out
 from transformers import AutoModelForCausalLM, LlamaForCausalLM  # noqa: F401
 
 
-def killed(job: Path, log: Path, num_updates: int, delay_s: float) -> bool:
-    """Whether the process had to be killed, so many logged updates and a moment after its start."""
+def killed(job: Path, log: Path, num_updates: int, share: float) -> bool:
+    """Whether the process had to be killed: so many logged updates after its start, and then that
+    share of the time that the last of them took."""
     goal = logged(log) + num_updates
+    started = time.monotonic()
     child = os.fork()
     if child == 0:
         for one in json.loads(job.read_text()):
             carry_out(one)
         os._exit(0)
-    while logged(log) < goal:
+    while (done := logged(log)) < goal:
+        if done < goal - 1:
+            started = time.monotonic()
         if os.waitpid(child, os.WNOHANG) != (0, 0):
             return False
         time.sleep(0.002)
-    time.sleep(delay_s)
+    time.sleep(share * (time.monotonic() - started))
     os.kill(child, signal.SIGKILL)
     _, status = os.waitpid(child, 0)
     return os.WIFSIGNALED(status)
@@ -48,6 +52,6 @@ if __name__ == "__main__":
     torch.compile(lambda: None)  # DeepSpeed does; it imports for seconds
     at_random = random.Random(7)
     for _ in range(int(sys.argv[3])):
-        num_updates, delay_s = at_random.randint(1, 3), at_random.uniform(0, 0.15)
-        if not killed(Path(sys.argv[1]), Path(sys.argv[2]), num_updates, delay_s):
+        num_updates, share = at_random.randint(2, 3), at_random.random()
+        if not killed(Path(sys.argv[1]), Path(sys.argv[2]), num_updates, share):
             sys.exit(1)

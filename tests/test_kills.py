@@ -16,7 +16,7 @@ from .test_learner import carry_out, exact_bytes, job, run_config, write_rounds
 
 pytestmark = [pytest.mark.engine, pytest.mark.usefixtures("one_thread")]
 
-KILLS, UPDATES = 20, 60
+KILLS, UPDATES = 20, 100
 
 
 def test_a_round_killed_at_twenty_random_moments_ends_in_the_bits_of_a_whole_one(

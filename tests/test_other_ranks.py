@@ -1,5 +1,6 @@
 """A run whose number of ranks changes under way, against one process that is never interrupted."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,6 +65,7 @@ def runs(
     carry_out(base, "two", two, ranks=2)
     carry_out(base, "four", [job(configs[name]) for name in MORE], ranks=4)
     leave_half_a_conversion(base / CUT_SHORT / "checkpoints")
+    os.link(base / CUT_SHORT / "checkpoints" / "latest", base / "before")
     alone = [job(configs[ALONE]), job(configs[ALONE], 1)]
     ends = [job(configs[name]) for name in (*FEWER, *BF16, CUT_SHORT)]
     carry_out(base, "one", [*alone, *ends, *(job(configs[name], 1) for name in MORE)])
@@ -101,6 +103,12 @@ def test_bf16_goes_on_on_one_rank_from_the_float32_masters_of_two(runs: Runs, na
     """The third update's batch is one sample, whose gradient both have in the same bits."""
     whole = runs.student_of(name.replace("fewer", "whole"))
     assert torch.equal(runs.student_of(name), whole)
+
+
+def test_the_name_of_the_newest_state_is_replaced_and_never_written_over(runs: Runs) -> None:
+    """A kill while it is written over leaves it empty, and the run without a state."""
+    assert (runs.base / "before").read_text().endswith("-ranks-2")
+    assert (runs.base / CUT_SHORT / "checkpoints" / "latest").read_text().endswith("-ranks-1")
 
 
 def test_what_a_change_of_ranks_makes_for_the_moment_is_gone_afterwards(runs: Runs) -> None:

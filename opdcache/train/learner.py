@@ -196,9 +196,12 @@ class Learner:
             self._engine.save_checkpoint(
                 str(checkpoints),
                 tag=tag,
+                save_latest=False,
                 client_state={"position": asdict(position)},
                 exclude_frozen_parameters=self._config.lora is not None,
             )
+            if self.rank == 0:
+                state.become_newest(checkpoints)
         if self.rank == 0:
             for old in checkpoints.iterdir():
                 if old.is_dir() and old.name != tag:

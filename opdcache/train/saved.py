@@ -64,6 +64,18 @@ class Saved:
             return None
         return cls(*(int(part) for part in tag.split("-")[1::2]))
 
+    def become_newest(self, checkpoints: Path) -> None:
+        """Have the file that names the newest saved state name this one.
+
+        DeepSpeed would empty that file before it fills it: a kill between the two loses the run.
+        """
+        draft = checkpoints / ".latest"
+        with draft.open("w") as file:
+            file.write(self.tag)
+            file.flush()
+            os.fsync(file.fileno())
+        draft.replace(checkpoints / "latest")
+
 
 def make_universal(saved: Path, folder: Path) -> None:
     """Convert a saved state, below a folder that is made anew; what was saved stays as it is.
