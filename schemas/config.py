@@ -266,6 +266,17 @@ class RunConfig(Model):
         return self
 
     @model_validator(mode="after")
+    def _shared_prompts_need_masks(self) -> Self:
+        if self.train.share_prompts and self.train.packing:
+            raise ValueError("train.share_prompts: a row holds one prompt; leave out train.packing")
+        if self.train.share_prompts and (self.train.attention or "").startswith("flash_attention"):
+            raise ValueError(
+                "train.share_prompts: flash attention takes no mask; train.attention may be sdpa, "
+                "eager or flex_attention"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _offload_needs_parts(self) -> Self:
         if self.train.offload_optimizer and self.train.zero_stage == 0:
             raise ValueError("train.offload_optimizer: it needs train.zero_stage 1, 2 or 3")

@@ -8,6 +8,9 @@ from .base import Model
 from .losses import LossConfig, TokensConfig
 from .manifests import Quality
 
+Layout = Literal["padded", "packed", "shared"]
+"""A row a sequence; all of a micro-batch's in one row; a row a prompt with its completions."""
+
 
 class OptimizerConfig(Model):
     """AdamW and its schedule."""
@@ -82,6 +85,12 @@ class TrainConfig(Model):
         "ids, in place of padding; by default with flash attention, which looks at no pair of "
         "tokens of two sequences",
     )
+    share_prompts: bool = Field(
+        False,
+        description="completions of one prompt come one after another in the training order, and "
+        "are read behind one copy of it, which they all see, without seeing one another: the same "
+        "gradient for fewer tokens read; needs full attention in every layer, not flash attention",
+    )
     max_staleness: int = Field(
         0,
         ge=0,
@@ -148,11 +157,14 @@ class TrainConfig(Model):
     )
 
     @property
-    def packs(self) -> bool:
-        """Whether sequences are packed."""
-        if self.packing is not None:
-            return self.packing
-        return (self.attention or "").startswith("flash_attention")
+    def layout(self) -> Layout:
+        """How the sequences of a micro-batch are laid out."""
+        if self.share_prompts:
+            return "shared"
+        packs = self.packing
+        if packs is None:
+            packs = (self.attention or "").startswith("flash_attention")
+        return "packed" if packs else "padded"
 
     def trained_rounds(self, round_index: int) -> range:
         """Rounds whose rollouts a round trains on."""

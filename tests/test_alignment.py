@@ -15,6 +15,7 @@ from opdcache.errors import InvalidShard
 from opdcache.evaluate import _compare
 from opdcache.schemas.columns import ScoreColumn
 from opdcache.schemas.losses import TokensConfig
+from opdcache.schemas.training import Layout
 from opdcache.score.teacher import Ask, Sequences, in_order
 from opdcache.score.transformers_scorer import TransformersScorer
 from opdcache.store.cache import Cache, as_listed, rollout_commit
@@ -187,10 +188,10 @@ def place(sample: int, t: int) -> float:
     return float(sample * MOST_TOKENS + t)
 
 
-def row_of(sample: int, length: int) -> Row:
-    tokens = np.arange(length)
+def row_of(sample: int, length: int, siblings: int = 1) -> Row:
+    tokens, prompt = np.arange(length), sample // siblings
     return Row(
-        prompt=[1000 + sample] * (1 + sample % 4) + [sample],
+        prompt=[1000 + prompt] * (1 + prompt % 4) + [prompt],
         completion=(sample * MOST_TOKENS + tokens).astype(np.int32).tolist(),
         sampling_T=np.array([-place(sample, t) - 0.5 for t in tokens], np.float32),
         recorded_ids_TS=np.array(
@@ -229,15 +230,24 @@ ALL: tuple[ScoreColumn, ...] = ("sampled", "entropy", "topk", "student_topk")
 
 
 def samples_in(
-    tmp_path: Path, k: int = K, widths: tuple[int, ...] = (K, K, K), packed: bool = False
+    tmp_path: Path,
+    k: int = K,
+    widths: tuple[int, ...] = (K, K, K),
+    layout: Layout = "padded",
+    siblings: int = 1,
 ) -> RoundSamples:
-    """A round of three committed shards, their columns spread over two score sets each."""
+    """A round of three committed shards, their columns spread over two score sets each.
+
+    Args:
+        siblings: completions of one prompt, which follow one another.
+    """
     store = Cache(str(tmp_path / "cache"))
     shards, served, sample = [], [], 0
     for number, lengths in enumerate(LENGTHS):
         here = [(sample + i, length) for i, length in enumerate(lengths)]
         sample += len(lengths)
-        shard = commit_rollouts(store, [row_of(*one) for one in here], name=f"shard-{number}")
+        rows = [row_of(*one, siblings) for one in here]
+        shard = commit_rollouts(store, rows, name=f"shard-{number}")
         shards.append(shard)
         parts: list[tuple[ScoreColumn, ...]] = [
             ("sampled", "topk"),
@@ -249,7 +259,7 @@ def samples_in(
                 for columns in parts
             ]
         )
-    return RoundSamples(store, *rounds(shards, served), k, packed=packed)
+    return RoundSamples(store, *rounds(shards, served), k, layout=layout)
 
 
 FLAT = [length for lengths in LENGTHS for length in lengths]

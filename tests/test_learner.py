@@ -32,6 +32,8 @@ pytestmark = [pytest.mark.engine, pytest.mark.usefixtures("one_thread")]
 
 K = 4
 LENGTHS = (7, 12, 0, 3, 1, 9, 2, 5, 10)
+PROMPTS = (5, 1, 3)
+"""Tokens of the prompts, which the completions have in turn."""
 BATCH, EPOCHS, ROUNDS = 4, 1, 2
 LR, BETAS, EPS, DECAY, CLIP = 3e-3, (0.8, 0.9), 1e-3, 0.05, 0.5
 ROOMY, TIGHT = 4096, 20
@@ -50,10 +52,11 @@ class Sample:
 
 def made_samples() -> list[Sample]:
     rng = np.random.default_rng(1)
+    prompts = [rng.integers(256, size=size).tolist() for size in PROMPTS]
     made = []
-    for length in LENGTHS:
+    for i, length in enumerate(LENGTHS):
         row = Row(
-            prompt=rng.integers(256, size=rng.integers(1, 6)).tolist(),
+            prompt=prompts[i % len(prompts)],
             completion=rng.integers(TINY_VOCAB, size=length).tolist(),
             sampling_T=np.full(length, -2, np.float32),
             recorded_ids_TS=np.zeros((length, 0), np.int32),
@@ -318,12 +321,23 @@ SINGLE = {
     "tied-packed-tight": (
         "tied",
         {"zero_stage": 1, "micro_batch_tokens": TIGHT, "packing": True},
-    )
+    ),
+    "shared-zero1-roomy": ("shared", {"share_prompts": True, "micro_batch_tokens": ROOMY}),
+    "shared-zero3-tight": (
+        "shared",
+        {
+            "share_prompts": True,
+            "micro_batch_tokens": TIGHT,
+            "zero_stage": 3,
+            "gradient_checkpointing": True,
+        },
+    ),
 }
 DOUBLE = {
     f"double-zero{stage}": {"zero_stage": stage, "micro_batch_tokens": TIGHT}
     for stage in (0, 1, 2, 3)
 }
+DOUBLE_SHARED = "double-shared"
 BF16 = {f"bf16-zero{stage}": {"zero_stage": stage, "dtype": "bfloat16"} for stage in (1, 2, 3)}
 ONE_STOPPED = "one-stopped"
 OFFLOADED = {
@@ -358,6 +372,7 @@ def trained(
         )
         for tie in ("tied", "untied")
     }
+    students["shared"] = students["tied"]
     configs = {
         name: run_config(name, base, students[tie], **train)
         for name, (tie, train) in SINGLE.items()
@@ -382,6 +397,9 @@ def trained(
         configs[name] = run_config(
             name, base, students["tied"], tokens=CHOSEN, micro_batch_tokens=TIGHT
         )
+    configs[DOUBLE_SHARED] = run_config(
+        DOUBLE_SHARED, base, students["tied"], share_prompts=True, micro_batch_tokens=TIGHT
+    )
     configs[ONE_STOPPED] = run_config(ONE_STOPPED, base, students["tied"], zero_stage=1)
     write_rounds(str(base / "cache"), [base / name for name in configs])
     whole = [job(configs[name]) for name in (*SINGLE, *BF16, "small-lr", "chosen")]
@@ -389,14 +407,25 @@ def trained(
     carry_out(base, "first", [*whole, *(job(configs[name], stop_after=2) for name in STOPPED)])
     goes_on = [job(configs[name], 1) for name in SINGLE if name.endswith("tight")]
     carry_out(base, "second", [*goes_on, *(job(configs[name]) for name in STOPPED)])
-    double = [job(configs[name]) for name in (*DOUBLE, *DOUBLE_OFFLOADED, "double-chosen")]
+    names = (*DOUBLE, *DOUBLE_OFFLOADED, "double-chosen", DOUBLE_SHARED)
+    double = [job(configs[name]) for name in names]
     carry_out(base, "double", double, ranks=2)
     config = RunConfig.model_validate_json(json.dumps(configs["tied-zero1-roomy"]))
     folder = RunFolder(base / "tied-zero1-roomy")
-    samples = RoundSamples(Cache(config.cache), *_files(folder), K)
-    order = [samples.order(config.seed, r, EPOCHS) for r in range(ROUNDS)]
-    plain = {tie: plain_loop(path, order) for tie, path in students.items()}
-    plain["chosen"] = plain_loop(students["tied"], order, as_chosen, lambda num: num > 0)
+    orders = {
+        layout: [
+            RoundSamples(Cache(config.cache), *_files(folder), K, layout=layout).order(
+                config.seed, r, EPOCHS
+            )
+            for r in range(ROUNDS)
+        ]
+        for layout in ("padded", "shared")
+    }
+    plain = {
+        tie: plain_loop(path, orders["shared" if tie == "shared" else "padded"])
+        for tie, path in students.items()
+    }
+    plain["chosen"] = plain_loop(students["tied"], orders["padded"], as_chosen, lambda n: n > 0)
     return Trained(base, plain, students["tied"])
 
 
@@ -452,6 +481,12 @@ def test_an_offloaded_optimizer_in_bf16_ends_in_the_same_bits(trained: Trained, 
     assert all(torch.equal(ours[tensor], theirs[tensor]) for tensor in theirs)
 
 
+def test_completions_of_a_prompt_are_trained_on_together_on_two_ranks_as_on_one(
+    trained: Trained,
+) -> None:
+    assert_same_weights(trained.weights(DOUBLE_SHARED), trained.plain["shared"], 0)
+
+
 @pytest.mark.parametrize("name", DOUBLE)
 def test_two_ranks_make_the_updates_of_one(trained: Trained, name: str) -> None:
     assert_same_weights(trained.weights(name), trained.plain["tied"], 0)
@@ -470,7 +505,7 @@ def test_the_updates_of_this_file_tell_a_token_mean_from_a_mean_of_means(trained
 def test_logged_loss_norm_and_learning_rate_are_those_of_the_plain_loop(
     trained: Trained, name: str
 ) -> None:
-    plain = trained.plain["untied" if name.startswith("untied") else "tied"]
+    plain = trained.plain[name.split("-")[0] if name in SINGLE else "tied"]
     logged = trained.metrics(name)
     seen = zip(logged, plain.losses, plain.norms, plain.lrs, strict=False)
     assert len(logged) == 3 * (1 + (name in SINGLE and name.endswith("tight")))

@@ -5,18 +5,20 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from opdcache.models import load_model
+from opdcache.train.branches import branch_mask
 from opdcache.train.loading import Loading, Share, ahead
 from opdcache.train.microbatch import MicroBatch
 from opdcache.train.samples import RoundSamples
 
 from .test_alignment import FILLED, FLAT, samples_in, tokens_of
 
-BATCH = 5
+BATCH, SIBLINGS = 5, 3
 CPU = torch.device("cpu")
 
 
@@ -31,6 +33,28 @@ def loading(
 
 def shares(made: Loading, first_update: int = 0) -> list[Share]:
     return [share for share, waited_s in made.shares(first_update) if waited_s >= 0]
+
+
+def samples_with_siblings(tmp_path: Path) -> tuple[RoundSamples, RoundSamples]:
+    """Samples of which three each have one prompt, laid out with it and each alone."""
+    return (
+        samples_in(tmp_path / "shared", layout="shared", siblings=SIBLINGS),
+        samples_in(tmp_path / "alone", siblings=SIBLINGS),
+    )
+
+
+def states(model: Any, batch: MicroBatch) -> torch.Tensor:
+    """Hidden states that predict the batch's tokens."""
+    mask = None if batch.branches_BL is None else branch_mask(model, batch.branches_BL)
+    with torch.no_grad():
+        made = model.base_model(
+            input_ids=batch.input_ids_BL % 258,
+            attention_mask=mask,
+            position_ids=batch.position_ids_BL,
+            use_cache=False,
+        )
+    found: torch.Tensor = made.last_hidden_state[batch.rows_T, batch.columns_T]
+    return found
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 3, 8])
@@ -119,7 +143,7 @@ def test_a_reader_that_stops_leaves_no_thread_behind() -> None:
 def test_packed_micro_batches_hold_the_same_samples_and_no_padding(
     tmp_path: Path, max_tokens: int
 ) -> None:
-    samples = samples_in(tmp_path, packed=True)
+    samples = samples_in(tmp_path, layout="packed")
     made = list(samples.micro_batches(FILLED, max_tokens))
     assert sorted(i for micro in made for i in micro) == FILLED
     for micro in made:
@@ -131,6 +155,59 @@ def test_packed_micro_batches_hold_the_same_samples_and_no_padding(
         assert batch.position_ids_BL[0].tolist() == [t for n in lengths for t in range(n)]
 
 
+@pytest.mark.parametrize("max_tokens", [13, 30, 1000])
+def test_a_row_of_a_prompt_has_it_once_and_its_completions_behind_it(
+    tmp_path: Path, max_tokens: int
+) -> None:
+    samples, alone = samples_with_siblings(tmp_path)
+    made = list(samples.micro_batches(FILLED, max_tokens))
+    assert sorted(i for micro in made for i in micro) == FILLED
+    for micro in made:
+        batch = samples.collate(micro)
+        assert batch.position_ids_BL is not None
+        assert batch.branches_BL is not None
+        assert len(micro) == 1 or batch.input_ids_BL.numel() <= max_tokens
+        assert len(batch.input_ids_BL) == len({i // SIBLINGS for i in micro})
+        for number, sample in enumerate(micro):
+            one = alone.collate([sample])
+            (row,) = set(batch.rows_T[batch.sequences_T == number].tolist())
+            branch = [i for i in micro if i // SIBLINGS == sample // SIBLINGS].index(sample) + 1
+            seen = (batch.branches_BL[row] == 0) | (batch.branches_BL[row] == branch)
+            assert batch.input_ids_BL[row][seen].tolist() == one.input_ids_BL[0].tolist()
+            positions = batch.position_ids_BL[row][seen]
+            assert positions.tolist() == list(range(one.input_ids_BL.shape[1]))
+
+
+def test_completions_of_a_prompt_are_in_one_update_and_on_one_rank(tmp_path: Path) -> None:
+    samples, _ = samples_with_siblings(tmp_path)
+    order = samples.order(0, 0, 2)
+    epochs = [order[: len(FLAT)], order[len(FLAT) :]]
+    for epoch in epochs:
+        assert sorted(epoch) == list(range(len(FLAT)))
+        prompts = [prompt for prompt, _ in itertools.groupby(i // SIBLINGS for i in epoch)]
+        assert len(prompts) == len(set(prompts)), "a prompt's completions follow one another"
+    assert epochs[0] != epochs[1], "a new permutation an epoch"
+    dealt = samples.dealt(FILLED, 3)
+    assert sorted(i for mine in dealt for i in mine) == FILLED
+    where = {(i // SIBLINGS, rank) for rank, mine in enumerate(dealt) for i in mine}
+    assert len(where) == len({i // SIBLINGS for i in FILLED})
+    assert all(dealt)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager", "flex_attention"])
+def test_completions_of_a_prompt_do_not_see_one_another(
+    tmp_path: Path, tiny_student: Path, attention: str, one_thread: None
+) -> None:
+    model = load_model(tiny_student, "float32", CPU, {"attn_implementation": attention})
+    shared, alone = samples_with_siblings(tmp_path)
+    padded, ours = (one.collate(FILLED) for one in (alone, shared))
+    assert ours.branches_BL is not None
+    assert float((states(model, padded) - states(model, ours)).abs().max()) <= 1e-5
+    blind = ours.to(CPU)
+    object.__setattr__(blind, "branches_BL", blind.branches_BL.clamp(max=0))
+    assert float((states(model, padded) - states(model, blind)).abs().max()) > 1e-2
+
+
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_packed_sequences_do_not_see_one_another(
     tmp_path: Path, tiny_student: Path, attention: str, one_thread: None
@@ -138,21 +215,11 @@ def test_packed_sequences_do_not_see_one_another(
     model = load_model(tiny_student, "float32", CPU, {"attn_implementation": attention})
     chosen = FILLED[:4]
     padded = samples_in(tmp_path / "padded").collate(chosen)
-    packed = samples_in(tmp_path / "packed", packed=True).collate(chosen)
-
-    def states(batch: MicroBatch) -> torch.Tensor:
-        with torch.no_grad():
-            made = model.base_model(  # type: ignore[operator]
-                input_ids=batch.input_ids_BL % 258,
-                position_ids=batch.position_ids_BL,
-                use_cache=False,
-            )
-        found: torch.Tensor = made.last_hidden_state[batch.rows_T, batch.columns_T]
-        return found
+    packed = samples_in(tmp_path / "packed", layout="packed").collate(chosen)
 
     assert len(tokens_of(chosen)) == packed.num_tokens
     assert torch.equal(padded.sequences_T, packed.sequences_T)
-    assert float((states(padded) - states(packed)).abs().max()) <= 1e-5
+    assert float((states(model, padded) - states(model, packed)).abs().max()) <= 1e-5
     blind = packed.to(CPU)
     object.__setattr__(blind, "position_ids_BL", None)
-    assert float((states(padded) - states(blind)).abs().max()) > 1e-2
+    assert float((states(model, padded) - states(model, blind)).abs().max()) > 1e-2

@@ -772,20 +772,22 @@ def test_older_rounds_serve_only_a_loss_that_any_policys_rollouts_serve(
 
 
 @pytest.mark.parametrize(
-    ("train", "packs"),
+    ("train", "layout"),
     [
-        ({}, False),
-        ({"packing": True}, True),
-        ({"attention": "flash_attention_2", "dtype": "bfloat16"}, True),
-        ({"attention": "flash_attention_2", "dtype": "bfloat16", "packing": False}, False),
-        ({"attention": "sdpa"}, False),
+        ({}, "padded"),
+        ({"packing": True}, "packed"),
+        ({"attention": "flash_attention_2", "dtype": "bfloat16"}, "packed"),
+        ({"attention": "flash_attention_2", "dtype": "bfloat16", "packing": False}, "padded"),
+        ({"attention": "sdpa"}, "padded"),
+        ({"share_prompts": True}, "shared"),
+        ({"share_prompts": True, "packing": False, "attention": "eager"}, "shared"),
     ],
 )
 def test_sequences_are_packed_where_attention_skips_pairs_of_two_or_when_asked(
-    tmp_path: Path, train: dict[str, Any], packs: bool
+    tmp_path: Path, train: dict[str, Any], layout: str
 ) -> None:
     changes = {f"train.{name}": value for name, value in train.items()}
-    assert load(tmp_path, changes or {"seed": 1}).train.packs is packs
+    assert load(tmp_path, changes or {"seed": 1}).train.layout == layout
 
 
 @pytest.mark.parametrize(
@@ -815,6 +817,21 @@ def test_limits_of_a_round_need_what_they_look_at(tmp_path: Path) -> None:
     changes = {"score.columns": ["sampled"], "train.end_round": {"overlap": 0.5}} | sampled
 
     assert "need the score column topk of every teacher" in fault(run_file(tmp_path, changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"train.packing": True}, "a row holds one prompt; leave out train.packing"),
+        ({"train.attention": "flash_attention_2"}, "flash attention takes no mask"),
+    ],
+)
+def test_prompts_are_shared_only_where_a_mask_can_say_so(
+    tmp_path: Path, changes: dict[str, Any], words: str
+) -> None:
+    shared = {"train.share_prompts": True, "train.dtype": "bfloat16"}
+
+    assert words in fault(run_file(tmp_path, shared | changes))
 
 
 def test_flash_attention_in_float32_is_refused(tmp_path: Path) -> None:

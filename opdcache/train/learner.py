@@ -19,6 +19,7 @@ from ..heads import StudentView, split_head, support_logits, support_loss, suppo
 from ..identity import tokenizer_files
 from ..models import default_device, load_model
 from ..schemas.training import OptimizerConfig, TrainConfig
+from .branches import branch_mask, refuse_leaks
 from .drafts import space, whole
 from .lora import add_adapters, save_merged
 from .objective import Objective
@@ -75,9 +76,14 @@ class Student(nn.Module):
 
     def forward(self, objective: Objective) -> Tensor:
         """The objective, a scalar; the head is applied at the supervised positions alone."""
-        batch = objective.batch
+        batch, mask = objective.batch, None
+        if batch.branches_BL is not None:
+            mask = branch_mask(self.model, batch.branches_BL)
         body = self.model.base_model(  # type: ignore[operator]
-            input_ids=batch.input_ids_BL, position_ids=batch.position_ids_BL, use_cache=False
+            input_ids=batch.input_ids_BL,
+            attention_mask=mask,
+            position_ids=batch.position_ids_BL,
+            use_cache=False,
         )
         found: Tensor = self.head(body.last_hidden_state[batch.rows_T, batch.columns_T], objective)
         return found
@@ -106,6 +112,7 @@ class Learner:
         attention = {"attn_implementation": config.attention} if config.attention else None
         model = load_model(folder, config.dtype, self.device, attention)
         _, head = split_head(model, folder)
+        refuse_leaks(model, config.layout, folder)
         if config.lora is not None:
             add_adapters(model, config.lora, folder)
         if config.gradient_checkpointing:

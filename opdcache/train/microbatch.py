@@ -13,6 +13,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..schemas.training import Layout
+
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
@@ -24,8 +26,11 @@ class MicroBatch:
     Attributes:
         num_sequences: completions.
         input_ids_BL: int64; what comes after all that predicts a supervised token is not fed. A
-            row a sequence, padded on the right; or all in one row, one after another.
-        position_ids_BL: int64, of packed sequences, each of which begins at 0; None of padded ones.
+            row a sequence, padded on the right; or all in one row, one after another; or a row a
+            prompt, with its completions one after another behind it, padded on the right.
+        position_ids_BL: int64; None where they are those of the columns.
+        branches_BL: int64, of rows of prompts: 0 in the prompt, then the number of the completion,
+            -1 in the padding; None of other rows.
         sequences_T, places_T: int64, which completion a token is of, and where it stands in it.
         weights_T: float32, how much each counts in the loss before any is chosen.
         sampled_T: int64, the supervised tokens.
@@ -43,6 +48,7 @@ class MicroBatch:
     num_sequences: int
     input_ids_BL: Tensor
     position_ids_BL: Tensor | None
+    branches_BL: Tensor | None
     rows_T: Tensor
     columns_T: Tensor
     sequences_T: Tensor
@@ -90,31 +96,93 @@ class MicroBatch:
         return MicroBatch(**columns | changed)
 
 
+@dataclass(frozen=True, slots=True)
+class Fed:
+    """What the model reads of a sequence: all before the last supervised token."""
+
+    prompt: NDArray[np.int32]
+    completion: NDArray[np.int32]
+
+    @property
+    def ids(self) -> NDArray[np.int32]:
+        """All of it."""
+        return np.concatenate([self.prompt, self.completion])
+
+
 class Start(NamedTuple):
-    """Where a sequence begins among the tokens fed."""
+    """Where a sequence stands among the tokens fed.
+
+    Attributes:
+        last: column of the prompt's last token.
+        completion: column of the completion's first token.
+    """
 
     row: int
-    column: int
+    last: int
+    completion: int
+
+    def before(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Columns of the tokens that predict those at some places of the completion."""
+        return np.where(places > 0, self.completion + places - 1, self.last)
 
 
-Laid = tuple[NDArray[np.int64], NDArray[np.int64] | None, list[Start]]
-"""Token ids, position ids, and where each sequence begins."""
+class Laid(NamedTuple):
+    """How sequences are laid out; see ``MicroBatch``. Starts are in the sequences' order."""
+
+    ids: NDArray[np.int64]
+    positions: NDArray[np.int64] | None
+    branches: NDArray[np.int64] | None
+    starts: Sequence[Start]
 
 
-def padded(fed: Sequence[NDArray[np.int32]]) -> Laid:
+def padded(fed: Sequence[Fed]) -> Laid:
     """A row a sequence."""
-    ids = np.zeros((len(fed), max(map(len, fed))), np.int64)
-    for row, sequence in enumerate(fed):
-        ids[row, : len(sequence)] = sequence
-    return ids, None, [Start(row, 0) for row in range(len(fed))]
+    ids = np.zeros((len(fed), max(len(one.ids) for one in fed)), np.int64)
+    for row, one in enumerate(fed):
+        ids[row, : len(one.ids)] = one.ids
+    lengths = [len(one.prompt) for one in fed]
+    return Laid(ids, None, None, [Start(row, n - 1, n) for row, n in enumerate(lengths)])
 
 
-def packed(fed: Sequence[NDArray[np.int32]]) -> Laid:
+def packed(fed: Sequence[Fed]) -> Laid:
     """All sequences in one row, told apart by their position ids."""
-    lengths = [len(sequence) for sequence in fed]
-    ids = np.concatenate(fed).astype(np.int64)[None]
+    lengths = [len(one.ids) for one in fed]
+    ids = np.concatenate([one.ids for one in fed]).astype(np.int64)[None]
     positions = np.concatenate([np.arange(length) for length in lengths])[None]
-    return ids, positions, [Start(0, int(s)) for s in np.cumsum([0, *lengths[:-1]])]
+    begins = np.cumsum([0, *lengths[:-1]]).tolist()
+    ends = [begin + len(one.prompt) for begin, one in zip(begins, fed, strict=True)]
+    return Laid(ids, positions, None, [Start(0, end - 1, end) for end in ends])
+
+
+def shared(fed: Sequence[Fed]) -> Laid:
+    """A row a prompt, which its completions share; branches tell these apart."""
+    rows: dict[bytes, list[int]] = {}
+    for i, one in enumerate(fed):
+        rows.setdefault(one.prompt.tobytes(), []).append(i)
+    width = max(
+        len(fed[mine[0]].prompt) + sum(len(fed[i].completion) for i in mine)
+        for mine in rows.values()
+    )
+    ids = np.zeros((len(rows), width), np.int64)
+    positions, branches = np.zeros_like(ids), np.full_like(ids, -1)
+    starts: dict[int, Start] = {}
+    for row, mine in enumerate(rows.values()):
+        prompt, column = fed[mine[0]].prompt, 0
+        for branch, part in enumerate([prompt, *(fed[i].completion for i in mine)]):
+            here = slice(column, column + len(part))
+            ids[row, here], branches[row, here] = part, branch
+            positions[row, here] = np.arange(len(part)) + (len(prompt) if branch else 0)
+            if branch:
+                starts[mine[branch - 1]] = Start(row, len(prompt) - 1, column)
+            column = here.stop
+    return Laid(ids, positions, branches, [starts[i] for i in range(len(fed))])
+
+
+LAYOUTS: dict[Layout, Callable[[Sequence[Fed]], Laid]] = {
+    "padded": padded,
+    "packed": packed,
+    "shared": shared,
+}
 
 
 def alike(entries: Sequence[NDArray[Any]]) -> list[NDArray[Any]]:

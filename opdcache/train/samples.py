@@ -7,7 +7,7 @@ Legend: B sequences, L padded length, T completion tokens of the micro-batch, K 
 S recorded student entries, N drawn ids.
 """
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from heapq import heapreplace
@@ -22,10 +22,11 @@ from ..quality import faults
 from ..schemas.columns import ScoreColumn
 from ..schemas.manifests import Quality
 from ..schemas.rounds import RolloutRound, ScoredShard, ScoreRound
+from ..schemas.training import Layout
 from ..store import rollouts as shards
 from ..store.cache import Cache
 from ..store.scores import Draws, Scores, TopK
-from .microbatch import MicroBatch, alike, packed, padded
+from .microbatch import LAYOUTS, Fed, MicroBatch, alike
 from .weights import TokenRule
 
 _SHARDS_IN_MEMORY = 32
@@ -53,6 +54,8 @@ class _Size(NamedTuple):
     """What is known of a sample without its scores.
 
     Attributes:
+        prompt: number of the prompt; samples of the same token ids have the same.
+        num_prompt: its tokens.
         num_fed: tokens that the model reads: all before the last supervised one.
         num_tokens: supervised tokens.
         longest: places of the completion up to the last of them.
@@ -60,6 +63,8 @@ class _Size(NamedTuple):
         is_empty: whether the completion has no token.
     """
 
+    prompt: int
+    num_prompt: int
     num_fed: int
     num_tokens: int
     longest: int
@@ -77,7 +82,7 @@ class RoundSamples:
         k: teacher and recorded entries a token that the loss looks at.
         mass: teacher entries are used until they hold this; a set that serves may hold more.
         rule: which tokens are supervised, beside the loss mask, and their weights.
-        packed: whether a micro-batch's sequences stand in one row.
+        layout: of a micro-batch's sequences.
         reference: name of the round's reference whose scores are read too.
     """
 
@@ -89,13 +94,13 @@ class RoundSamples:
         k: int,
         mass: float = 1.0,
         rule: TokenRule = TokenRule(),  # noqa: B008  # it is frozen
-        packed: bool = False,
+        layout: Layout = "padded",
         reference: str | None = None,
     ) -> None:
         self._cache, self._rollouts, self._scores = cache, rollouts.shards, scores
         self._by_reference = scores.references[reference] if reference else ()
         self._columns, self._reference_columns = _common(scores.shards), _common(self._by_reference)
-        self._k, self._mass, self._rule, self._packed = k, mass, rule, packed
+        self._k, self._mass, self._rule, self._layout = k, mass, rule, layout
         rows = [shard.num_rows for shard in self._rollouts]
         self._starts = np.concatenate([[0], np.cumsum(rows)])
         self._shard = lru_cache(maxsize=_SHARDS_IN_MEMORY)(self._read)
@@ -104,32 +109,33 @@ class RoundSamples:
         return int(self._starts[-1])
 
     def order(self, seed: int, round_index: int, epochs: int) -> list[int]:
-        """Sample indexes in training order: a new permutation an epoch."""
+        """Sample indexes in training order: a new permutation an epoch, of the samples or, where
+        they are to share them, of the prompts."""
         rng = np.random.default_rng([seed, round_index])
-        return [int(i) for _ in range(epochs) for i in rng.permutation(len(self))]
+        together = self._alike(range(len(self)))
+        drawn = (rng.permutation(len(together)) for _ in range(epochs))
+        return [sample for epoch in drawn for i in epoch for sample in together[i]]
 
     def micro_batches(self, samples: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
         """Samples with tokens to supervise, grouped by length under a budget of tokens fed, padding
         included."""
-        lengths = {i: self._length(i) for i in samples}
-        order = sorted((i for i in samples if self._num_tokens(i)), key=lambda i: (-lengths[i], i))
-        while order:
-            size = max(1, max_tokens // lengths[order[0]])
-            if self._packed:
-                fed = np.cumsum([lengths[i] for i in order])
+        rows = self._rows(samples, max_tokens)
+        while rows:
+            size = max(1, max_tokens // self._length(rows[0]))
+            if self._layout == "packed":
+                fed = np.cumsum([self._length(row) for row in rows])
                 size = max(1, int(np.searchsorted(fed, max_tokens, side="right")))
-            yield order[:size]
-            order = order[size:]
+            yield [sample for row in rows[:size] for sample in row]
+            rows = rows[size:]
 
     def dealt(self, samples: Sequence[int], num_ranks: int) -> list[list[int]]:
         """Samples with tokens to supervise, to each rank about as many tokens to feed: the longest
-        first, each to the rank that has least."""
+        first, each to the rank that has least; samples that share a prompt to the same one."""
         ranks = [(0, rank, list[int]()) for rank in range(num_ranks)]
-        lengths = {i: self._length(i) for i in samples if self._num_tokens(i)}
-        for sample in sorted((i for i in samples if i in lengths), key=lambda i: (-lengths[i], i)):
+        for row in self._rows(samples):
             num_tokens, rank, mine = ranks[0]
-            mine.append(sample)
-            heapreplace(ranks, (num_tokens + lengths[sample], rank, mine))
+            mine.extend(row)
+            heapreplace(ranks, (num_tokens + self._length(row), rank, mine))
         return [mine for _, _, mine in sorted(ranks, key=lambda held: held[1])]
 
     def num_tokens(self, samples: Sequence[int]) -> int:
@@ -176,11 +182,9 @@ class RoundSamples:
     def collate(self, samples: Sequence[int]) -> MicroBatch:
         """Tensors of the samples; every sample has tokens to supervise."""
         pieces = [self._piece(i) for i in samples]
-        fed = [p.fed for p in pieces]
-        lay = packed if self._packed else padded
-        input_ids, position_ids, starts = lay(fed)
+        laid = LAYOUTS[self._layout]([p.fed for p in pieces])
         sequences = [np.full(len(p.within), i) for i, p in enumerate(pieces)]
-        columns = [len(p.prompt) - 1 + p.within for p in pieces]
+        placed = list(zip(pieces, laid.starts, strict=True))
 
         def needed(values: Sequence[NDArray[Any]]) -> Tensor:
             return torch.from_numpy(np.concatenate(values))
@@ -196,10 +200,11 @@ class RoundSamples:
         draws = [drawn for p in pieces if (drawn := p.draws()) is not None]
         return MicroBatch(
             num_sequences=len(pieces),
-            input_ids_BL=torch.from_numpy(input_ids),
-            position_ids_BL=None if position_ids is None else torch.from_numpy(position_ids),
-            rows_T=needed([np.full_like(c, s.row) for c, s in zip(columns, starts, strict=True)]),
-            columns_T=needed([c + s.column for c, s in zip(columns, starts, strict=True)]),
+            input_ids_BL=torch.from_numpy(laid.ids),
+            position_ids_BL=None if laid.positions is None else torch.from_numpy(laid.positions),
+            branches_BL=None if laid.branches is None else torch.from_numpy(laid.branches),
+            rows_T=needed([np.full_like(p.within, start.row) for p, start in placed]),
+            columns_T=needed([start.before(p.within) for p, start in placed]),
             sequences_T=needed(sequences),
             places_T=needed([p.within for p in pieces]),
             weights_T=needed([p.weights for p in pieces]),
@@ -231,15 +236,42 @@ class RoundSamples:
     def _num_tokens(self, sample: int) -> int:
         return self._sizes[sample].num_tokens
 
-    def _length(self, sample: int) -> int:
-        return self._sizes[sample].num_fed
+    def _alike(self, samples: Iterable[int]) -> list[list[int]]:
+        """Samples as they stand in rows: each alone, or with those of the same prompt."""
+        if self._layout != "shared":
+            return [[sample] for sample in samples]
+        rows: dict[int, list[int]] = {}
+        for sample in samples:
+            rows.setdefault(self._sizes[sample].prompt, []).append(sample)
+        return list(rows.values())
+
+    def _rows(self, samples: Iterable[int], max_tokens: int | None = None) -> list[list[int]]:
+        """Samples with tokens to supervise as rows, the longest first; a row of several that would
+        be longer than ``max_tokens`` is cut into more."""
+        rows = []
+        for together in self._alike(i for i in samples if self._num_tokens(i)):
+            row = list[int]()
+            for sample in together:
+                if row and max_tokens is not None and self._length([*row, sample]) > max_tokens:
+                    rows.append(row)
+                    row = []
+                row.append(sample)
+            rows.append(row)
+        return sorted(rows, key=lambda row: (-self._length(row), row))
+
+    def _length(self, row: Sequence[int]) -> int:
+        """Tokens fed of a row: its prompt's, and its completions'."""
+        sizes = [self._sizes[sample] for sample in row]
+        return sizes[0].num_prompt + sum(size.num_fed - size.num_prompt for size in sizes)
 
     @cached_property
     def _sizes(self) -> list[_Size]:
         """Of every sample."""
-        return [size for index in range(len(self._rollouts)) for size in self._measured(index)]
+        prompts = dict[bytes, int]()
+        parts = (self._measured(index, prompts) for index in range(len(self._rollouts)))
+        return [size for part in parts for size in part]
 
-    def _measured(self, index: int) -> Iterator[_Size]:
+    def _measured(self, index: int, prompts: dict[bytes, int]) -> Iterator[_Size]:
         table = self._cache.read_rollouts(self._cache.need_rollouts(self._rollouts[index]))
         names = ("prompt_token_ids", "completion_token_ids")
         supervised, start = shards.supervised_tokens(table), 0
@@ -248,6 +280,8 @@ class RoundSamples:
             within = self._rule.places(completion, supervised[start:stop])
             longest = int(within[-1]) + 1 if len(within) else 0
             yield _Size(
+                prompt=prompts.setdefault(prompt.tobytes(), len(prompts)),
+                num_prompt=len(prompt),
                 num_fed=len(prompt) + max(0, longest - 1),
                 num_tokens=len(within),
                 longest=longest,
@@ -318,11 +352,11 @@ class _Piece:
         return self.shard.completions[self.row]
 
     @property
-    def fed(self) -> NDArray[np.int32]:
-        """Tokens that the model reads: all before the last supervised one."""
+    def fed(self) -> Fed:
+        """Tokens that the model reads."""
         within = self.within
         last = int(within[-1]) if len(within) else 0
-        return np.concatenate([self.prompt, self.completion[:last]])
+        return Fed(self.prompt, self.completion[:last])
 
     @property
     def within(self) -> NDArray[np.int64]:

@@ -95,7 +95,7 @@ class _Training:
             self._loss.k,
             config.score.mass,
             self._rule(),
-            self._train.packs,
+            self._train.layout,
             self._loss.reference,
         )
         self._order, self._unfit = self._ordered()
