@@ -8,6 +8,7 @@ import difflib
 import os
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from vllm import RequestOutput as RequestOutput
     from vllm.logprobs import FlatLogprobs
 
-CPU_KVCACHE_GIB = "4"
+CPU_KVCACHE_BYTES = 4 * 2**30
 RUNTIME_ARGUMENTS = frozenset(
     {
         "data_parallel_size",
@@ -88,11 +89,12 @@ class Engine:
         from vllm import SamplingParams, TokensPrompt
 
         try:
-            outputs: list[RequestOutput] = self.llm.generate(
-                [TokensPrompt(prompt_token_ids=list(ids)) for ids in prompts],
-                [SamplingParams(**one, flat_logprobs=True) for one in parameters],
-                use_tqdm=False,
-            )
+            with _uncompiled():
+                outputs: list[RequestOutput] = self.llm.generate(
+                    [TokensPrompt(prompt_token_ids=list(ids)) for ids in prompts],
+                    [SamplingParams(**one, flat_logprobs=True) for one in parameters],
+                    use_tqdm=False,
+                )
         except _faults() as error:
             raise EngineError(f"vLLM refuses a request: {_reason(error)}") from error
         return outputs
@@ -161,13 +163,28 @@ class Logprobs:
 
 
 def _cpu_arguments() -> dict[str, JsonValue]:
-    """What vLLM's CPU backend wants: per-request seeds fail there under chunked prefill."""
+    """What vLLM's CPU backend wants: per-request seeds fail there under chunked prefill, and its
+    own blocks of 128 tokens are longer than many prompts that completions could share."""
     import torch
 
     if torch.accelerator.is_available():
         return {}
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", CPU_KVCACHE_GIB)
-    return {"enforce_eager": True, "enable_chunked_prefill": False}
+    return {
+        "enforce_eager": True,
+        "enable_chunked_prefill": False,
+        "block_size": 32,
+        "kv_cache_memory_bytes": CPU_KVCACHE_BYTES,
+    }
+
+
+def _uncompiled() -> AbstractContextManager[object]:
+    """On a CPU: what vLLM compiles of its sampler there takes longer to compile than to run."""
+    import torch
+
+    if torch.accelerator.is_available():
+        return nullcontext()
+    uncompiled: AbstractContextManager[object] = torch.compiler.set_stance("force_eager")
+    return uncompiled
 
 
 def _start(arguments: dict[str, Any], place: str) -> "LLM":

@@ -287,7 +287,7 @@ def test_a_shard_does_not_hang_on_the_shards_that_its_worker_made_before(
     tiny_student: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Prompts share their keys and values within a batch of requests, and not across batches."""
-    arguments: dict[str, Any] = {"max_model_len": 256}
+    arguments: dict[str, Any] = {"max_model_len": 256, "kv_cache_memory_bytes": 2**26}
     sampler = Sampler(tiny_student, dtype="float32", processed=False, topk=0, arguments=arguments)
     seen: list[list[int | None]] = []
     generate = sampler.engine.generate
@@ -306,6 +306,8 @@ def test_a_shard_does_not_hang_on_the_shards_that_its_worker_made_before(
         sampler.close()
     assert [one.token_ids for one in drawn[0]] == [one.token_ids for one in drawn[1]]
     assert seen[0][0] == seen[1][0] == 0
+    assert seen[0][1] == seen[1][1] == 192  # all whole blocks of 32
+    assert sampler.engine.llm.llm_engine.vllm_config.cache_config.kv_cache_memory_bytes == 2**26
     assert (seen[2][0] or 0) > 0  # what would be shared
 
 
