@@ -190,7 +190,9 @@ class Ours:
 
         learner, samples, num = self._learner, self._data.samples, len(self._data.whole)
         samples._k = loss.k
-        loading = Loading(samples, range(num), batch_samples=num, max_tokens=self._data.budget)
+        loading = Loading(
+            lambda index: samples, range(num), batch_samples=num, max_tokens=self._data.budget
+        )
         for share, waited_s in loading.shares(0):
             self.waited_s += waited_s
             assert share.batch is not None

@@ -22,7 +22,10 @@ def refuse_unserved(context: RunContext, rollouts: RolloutRound) -> None:
     """
     loss, ends = context.config.train.loss, context.config.train.end_round
     support, recorded = f"support {loss.support!r}", cell(loss).needs_recorded_topk
-    another = _disagreement(context, rollouts) if recorded or loss.reference_kl else None
+    is_own = "reference_kl" if loss.reference_kl else None
+    if loss.outcome_weight and loss.importance_cap is None:
+        is_own = "outcome without importance_cap"
+    another = _disagreement(context, rollouts) if recorded or is_own else None
     if another and recorded:
         raise _refusal(
             f"{support} needs the teacher's log-probs at ids that the live student chose, and "
@@ -31,12 +34,14 @@ def refuse_unserved(context: RunContext, rollouts: RolloutRound) -> None:
         )
     if another:
         raise _refusal(
-            "reference_kl needs tokens that the live student sampled, and these rollouts are "
+            f"{is_own} needs tokens that the live student sampled, and these rollouts are "
             "another policy's",
             remedy="leave it out, or sample in this run",
             **another,
         )
     ratio = support if loss.support == "sampled" else "train.end_round.ess" if ends.ess else None
+    if loss.importance_cap is not None and ratio is None:
+        ratio = "importance_cap"
     if not recorded and not ratio:
         return
     for manifest in context.cache.objects.each(context.cache.need_rollouts, rollouts.shards):

@@ -344,8 +344,8 @@ class RunConfig(Model):
         if self.train.max_staleness and not tolerates_older(loss):
             raise ValueError(
                 "train.max_staleness: this loss looks at what the round's own policy sampled; "
-                "take support 'teacher_topk', 'overlap' or 'draws' without reference_kl, or "
-                "importance_cap with 'sampled'"
+                "take support 'teacher_topk', 'overlap' or 'draws' without reference_kl, and "
+                "importance_cap with 'sampled' or an outcome"
             )
         if tokens.fraction < 1 and tokens.by == "divergence" and not is_divergence(loss):
             raise ValueError(

@@ -9,9 +9,10 @@ sg[] what no gradient goes through.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Annotated, Literal
+from itertools import pairwise
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from .base import Model
 from .columns import ScoreColumn
@@ -89,7 +90,8 @@ class LossConfig(Model):
         None,
         gt=0,
         allow_inf_nan=False,
-        description="of the sampled support: every token counts min(p live / p sampling, this)",
+        description="of the sampled support, and of the outcome: every token counts "
+        "min(p live / p sampling, this)",
     )
     reference: str | None = Field(
         None,
@@ -109,6 +111,26 @@ class LossConfig(Model):
         description="of policy gradients: what separates the teacher from the reference counts "
         "this many times; at 1 the reference cancels",
     )
+    outcome: str | None = Field(
+        None,
+        pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$",
+        description="module:function that gives the reward of a completion's text and the prompt's "
+        "reference answer",
+    )
+    outcome_weight: float = Field(
+        0.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="weight of the policy gradient of that reward, less its mean over the prompt's "
+        "completions, that is added to any loss",
+    )
+    sft_weight: float = Field(
+        0.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="weight of the mean cross-entropy on the reference answers of an update's "
+        "prompts, EOS at their end, that is added to any loss",
+    )
 
 
 class TokensConfig(Model):
@@ -118,6 +140,11 @@ class TokensConfig(Model):
         (),
         description="tokens of a completion, from its first, that are supervised: a number a "
         "round, the last of which stands for later rounds; empty: all",
+    )
+    milestones: tuple[Annotated[int, Field(ge=1)], ...] = Field(
+        (),
+        description="updates of the run after which the next number of max_supervised takes over, "
+        "in place of rounds",
     )
     half_life: float | None = Field(
         None,
@@ -145,6 +172,14 @@ class TokensConfig(Model):
         description="tokens: the mean over all tokens of an update; sequences: over each "
         "completion's tokens, then over completions",
     )
+
+    @model_validator(mode="after")
+    def _a_milestone_between_two(self) -> Self:
+        if self.milestones and len(self.milestones) != len(self.max_supervised) - 1:
+            raise ValueError("milestones: one fewer than the numbers of max_supervised is wanted")
+        if any(a >= b for a, b in pairwise(self.milestones)):
+            raise ValueError("milestones: each comes after the one before")
+        return self
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,9 +277,12 @@ _OPTIONS: dict[str, tuple[Callable[[LossConfig], bool], str]] = {
         "policy gradients: support 'sampled', or normalisation 'reference'",
     ),
     "importance_cap": (
-        lambda loss: loss.support == "sampled",
-        "support 'sampled': every other one sums over ids, and draws none from the old policy",
+        lambda loss: loss.support == "sampled" or bool(loss.outcome_weight),
+        "support 'sampled' or an 'outcome': every other loss sums over ids, and draws none from "
+        "the old policy",
     ),
+    "outcome_weight": (lambda loss: loss.outcome is not None, "a loss with an 'outcome'"),
+    "outcome": (lambda loss: bool(loss.outcome_weight), "outcome_weight: it has none"),
 }
 """What an option belongs to, and how that is said; elsewhere only its default is accepted."""
 
@@ -276,7 +314,7 @@ def is_divergence(loss: LossConfig) -> bool:
     """Whether the loss of a token says how far the two sides are: a policy gradient's value, or a
     cross-entropy, does not."""
     surrogate = loss.normalisation in ("none", "reference") or loss.stop_gradient
-    return not surrogate and not loss.reference_kl
+    return not surrogate and not loss.reference_kl and not loss.outcome_weight
 
 
 def tolerates_older(loss: LossConfig) -> bool:
@@ -284,7 +322,7 @@ def tolerates_older(loss: LossConfig) -> bool:
     student, or a weight must say how far this one is from the policy that sampled."""
     if loss.reference_kl:
         return False
-    if loss.support == "sampled":
+    if weighs_samples(loss):
         return loss.importance_cap is not None
     return not cell(loss).needs_recorded_topk
 
@@ -293,7 +331,13 @@ def is_local(loss: LossConfig) -> bool:
     """Whether the loss needs the student's logits on the support alone: what they are normalised
     by cancels, and which ids are in the support is stored."""
     stored = loss.normalisation == "renormalised" and loss.support != "overlap"
-    return stored and not loss.reference_kl
+    return stored and not loss.reference_kl and not loss.outcome_weight
+
+
+def weighs_samples(loss: LossConfig) -> bool:
+    """Whether the loss is a policy gradient of the tokens that were sampled, which is that of the
+    policy that sampled them."""
+    return loss.support == "sampled" or bool(loss.outcome_weight)
 
 
 def reference_columns(loss: LossConfig) -> frozenset[ScoreColumn]:

@@ -33,6 +33,8 @@ class Row:
     sampling_T: NDArray[np.float32]
     recorded_ids_TS: NDArray[np.int32]
     loss_mask: NDArray[np.bool_] | None = None
+    text: str = ""
+    answer: str | None = None
 
 
 def commit_rollouts(cache: Cache, rows: Sequence[Row], *, name: str = "shard") -> RolloutShard:
@@ -49,9 +51,9 @@ def commit_rollouts(cache: Cache, rows: Sequence[Row], *, name: str = "shard") -
                 topk_ids=row.recorded_ids_TS,
                 topk_logprobs=np.full(row.recorded_ids_TS.shape, -1, np.float32),
                 finish_reason="stop",
-                text="",
+                text=row.text,
                 task="task",
-                answer=None,
+                answer=row.answer,
                 loss_mask=row.loss_mask,
             )
             for i, row in enumerate(rows)

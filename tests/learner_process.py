@@ -45,6 +45,11 @@ class StopsItself(Silent):
             os.kill(os.getpid(), signal.SIGTERM)
 
 
+def right(text: str, answer: str) -> float:
+    """Reward of a completion."""
+    return float(text == answer)
+
+
 def carry_out(job: dict[str, Any]) -> None:
     """Train one round, or as far as the job says."""
     rank = int(os.environ.get("RANK", "0"))

@@ -25,7 +25,7 @@ from opdcache.store.cache import Cache
 from opdcache.store.scores import Scores, TopK
 from opdcache.train.samples import RoundSamples
 
-from .conftest import TINY_VOCAB, make_tiny_model
+from .conftest import EOS_ID, TINY_VOCAB, make_tiny_model
 from .handmade import STEP, Row, commit_rollouts, commit_scores, rounds
 
 pytestmark = [pytest.mark.engine, pytest.mark.usefixtures("one_thread")]
@@ -34,6 +34,8 @@ K = 4
 LENGTHS = (7, 12, 0, 3, 1, 9, 2, 5, 10)
 PROMPTS = (5, 1, 3)
 """Tokens of the prompts, which the completions have in turn."""
+ANSWERS = ("12", "343", "5")
+MIXED = {"sft_weight": 0.3, "outcome": "learner_process:right", "outcome_weight": 0.7}
 BATCH, EPOCHS, ROUNDS = 4, 1, 2
 LR, BETAS, EPS, DECAY, CLIP = 3e-3, (0.8, 0.9), 1e-3, 0.05, 0.5
 ROOMY, TIGHT = 4096, 20
@@ -60,6 +62,8 @@ def made_samples() -> list[Sample]:
             completion=rng.integers(TINY_VOCAB, size=length).tolist(),
             sampling_T=np.full(length, -2, np.float32),
             recorded_ids_TS=np.zeros((length, 0), np.int32),
+            text=ANSWERS[i % 3] if i % 2 else "wrong",
+            answer=ANSWERS[i % 3],
         )
         ids = [rng.permutation(TINY_VOCAB)[:K] for _ in range(length)]
         levels = np.sort(rng.integers(200, 620, size=(length, K)), axis=1).astype(np.uint16)
@@ -103,7 +107,8 @@ def write_rounds(cache_url: str, runs: Sequence[Path], samples: Sequence[Sample]
 
 def run_config(name: str, base: Path, student: Path, **train: object) -> dict[str, Any]:
     """A run's configuration with the hyperparameters of the plain loop."""
-    lr = train.pop("lr", LR)
+    lr, more = train.pop("lr", LR), train.pop("more_loss", {})
+    assert isinstance(more, dict)
     return {
         "seed": 5,
         "rounds": ROUNDS,
@@ -120,6 +125,7 @@ def run_config(name: str, base: Path, student: Path, **train: object) -> dict[st
                 "direction": "forward",
                 "normalisation": "tail",
                 "k": K,
+                **more,
             },
             "optimizer": {
                 "lr": lr,
@@ -246,11 +252,15 @@ def plain_loop(
     order: Sequence[Sequence[int]],
     weigh: Weigh = all_alike,
     count: Callable[[int], int] = lambda num_tokens: num_tokens,
+    limit: Callable[[int], int | None] = lambda update: None,
+    mixed: bool = False,
 ) -> Plain:
     """Train with dense logits, a sequence at a time; the optimizer goes on across rounds.
 
     Args:
         count: what a completion of so many tokens adds to the denominator.
+        limit: how many tokens of a completion an update of the run looks at.
+        mixed: add what MIXED says.
     """
     model = load(student)
     parameters = list(model.parameters())
@@ -260,14 +270,18 @@ def plain_loop(
     for listed in order:
         for update in range(per_round):
             batch = [SAMPLES[i] for i in listed[update * BATCH : (update + 1) * BATCH]]
-            whole = sum(count(len(s.row.completion)) for s in batch)
+            most = limit(len(made.losses))
+            whole = sum(count(len(s.row.completion[:most])) for s in batch)
             optimizer.zero_grad()
             terms = []
             for sample in batch:
-                losses = list(token_losses(model, sample))
+                pull = 0.7 * advantage(sample) if mixed else 0.0
+                losses = list(token_losses(model, sample, pull))[:most]
                 weights_ = weigh([float(loss.detach()) for loss in losses])
                 terms += [w * loss for w, loss in zip(weights_, losses, strict=True)]
             loss = sum(terms[1:], terms[0]) / whole
+            if mixed:
+                loss = loss + 0.3 * imitation(model, student, batch)
             loss.backward()
             norm = torch.nn.utils.clip_grad_norm_(parameters, CLIP)
             lr = LR * (1 - len(made.losses) / (per_round * ROUNDS))
@@ -280,19 +294,43 @@ def plain_loop(
     return made
 
 
-def token_losses(model: torch.nn.Module, sample: Sample) -> Iterator[Tensor]:
+def advantage(sample: Sample) -> float:
+    """How much better than the other completions of its prompt a sample answers it."""
+    alike = [s.row for s in SAMPLES if s.row.prompt == sample.row.prompt]
+    rewards = [float(row.text == row.answer) for row in alike]
+    return float(sample.row.text == sample.row.answer) - sum(rewards) / len(rewards)
+
+
+def imitation(model: torch.nn.Module, student: Path, batch: Sequence[Sample]) -> Tensor:
+    """Mean negative log-prob of the tokens of the answers to the batch's prompts, and of EOS."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(student)
+    terms = []
+    for prompt, answer in {(tuple(s.row.prompt), s.row.answer) for s in batch}:
+        ids = [*tokenizer(answer, add_special_tokens=False).input_ids, EOS_ID]
+        logits = model(input_ids=torch.tensor([[*prompt, *ids]])).logits[0]
+        log_p = torch.log_softmax(logits, dim=1)
+        terms += [-log_p[len(prompt) - 1 + t, token] for t, token in enumerate(ids)]
+    return torch.stack(terms).mean()
+
+
+def token_losses(model: torch.nn.Module, sample: Sample, pull: float = 0.0) -> Iterator[Tensor]:
+    """The loss of every token, less how much its log-prob is pulled up."""
     prompt, completion = list(sample.row.prompt), list(sample.row.completion)
     if not completion:
         return
     logits = model(input_ids=torch.tensor([prompt + completion])).logits[0]
     log_p = torch.log_softmax(logits, dim=1)
     for t in range(len(completion)):
-        yield forward_kl(
-            log_p[len(prompt) - 1 + t],
+        here = log_p[len(prompt) - 1 + t]
+        kl = forward_kl(
+            here,
             sample.ids_TK[t].tolist(),
             torch.from_numpy(sample.logprobs_TK[t]),
             torch.tensor(sample.tail_T[t]),
         )
+        yield kl - pull * here[completion[t]]
 
 
 @dataclass(frozen=True)
@@ -357,6 +395,8 @@ STOPPED = {
     "stopped-bf16-zero1": {"zero_stage": 1, "dtype": "bfloat16"},
 }
 WEIGHTED = ("chosen", "double-chosen")
+WIDENED = {"max_supervised": [2, 6], "milestones": [4]}
+"""The second round's second update is the first with more tokens."""
 SMALL_LR, MANY = 5e-5, 60
 
 
@@ -397,17 +437,23 @@ def trained(
         configs[name] = run_config(
             name, base, students["tied"], tokens=CHOSEN, micro_batch_tokens=TIGHT
         )
+    for name, layout in (("mixed", {}), ("double-mixed", {"share_prompts": True})):
+        configs[name] = run_config(
+            name, base, students["tied"], more_loss=MIXED, micro_batch_tokens=TIGHT, **layout
+        )
+    configs["widened"] = run_config("widened", base, students["tied"], tokens=WIDENED)
     configs[DOUBLE_SHARED] = run_config(
         DOUBLE_SHARED, base, students["tied"], share_prompts=True, micro_batch_tokens=TIGHT
     )
     configs[ONE_STOPPED] = run_config(ONE_STOPPED, base, students["tied"], zero_stage=1)
     write_rounds(str(base / "cache"), [base / name for name in configs])
     whole = [job(configs[name]) for name in (*SINGLE, *BF16, "small-lr", "chosen")]
-    whole += [job(configs[name]) for name in (*OFFLOADED, *BF16_OFFLOADED)]
+    whole += [job(configs[name]) for name in (*OFFLOADED, *BF16_OFFLOADED, "widened", "mixed")]
     carry_out(base, "first", [*whole, *(job(configs[name], stop_after=2) for name in STOPPED)])
     goes_on = [job(configs[name], 1) for name in SINGLE if name.endswith("tight")]
+    goes_on += [job(configs["widened"], 1, stop_after=1), job(configs["widened"], 1)]
     carry_out(base, "second", [*goes_on, *(job(configs[name]) for name in STOPPED)])
-    names = (*DOUBLE, *DOUBLE_OFFLOADED, "double-chosen", DOUBLE_SHARED)
+    names = (*DOUBLE, *DOUBLE_OFFLOADED, "double-chosen", "double-mixed", DOUBLE_SHARED)
     double = [job(configs[name]) for name in names]
     carry_out(base, "double", double, ranks=2)
     config = RunConfig.model_validate_json(json.dumps(configs["tied-zero1-roomy"]))
@@ -426,6 +472,11 @@ def trained(
         for tie, path in students.items()
     }
     plain["chosen"] = plain_loop(students["tied"], orders["padded"], as_chosen, lambda n: n > 0)
+    plain["widened"] = plain_loop(
+        students["tied"], orders["padded"], limit=lambda update: 2 if update < 4 else 6
+    )
+    plain["mixed"] = plain_loop(students["tied"], orders["padded"], mixed=True)
+    plain["double-mixed"] = plain_loop(students["tied"], orders["shared"], mixed=True)
     return Trained(base, plain, students["tied"])
 
 
@@ -465,6 +516,27 @@ def test_the_next_round_goes_on_with_the_moments_and_the_schedule(
 @pytest.mark.parametrize("name", WEIGHTED)
 def test_tokens_count_as_the_run_file_says(trained: Trained, name: str) -> None:
     assert_same_weights(trained.weights(name), trained.plain["chosen"], 0)
+
+
+@pytest.mark.parametrize("name", ["mixed", "double-mixed"])
+def test_answers_are_imitated_and_outcomes_rewarded_beside_the_teachers_loss(
+    trained: Trained, name: str
+) -> None:
+    assert_same_weights(trained.weights(name), trained.plain[name], 0)
+    logged = trained.metrics(name)
+    assert [row["objective"] for row in logged] == pytest.approx(trained.plain[name].losses[:3])
+    assert all(row["sft_loss"] > 0 for row in logged)
+    assert len({row["reward"] for row in logged}) > 1
+
+
+@pytest.mark.parametrize("round_index", [0, 1])
+def test_completions_are_read_further_after_so_many_updates_of_the_run(
+    trained: Trained, round_index: int
+) -> None:
+    made, plain = trained.weights("widened", round_index + 1), trained.plain["widened"]
+    assert_same_weights(made, plain, round_index)
+    logged = trained.metrics("widened")
+    assert [row["loss"] for row in logged] == pytest.approx(plain.losses, rel=1e-4)
 
 
 @pytest.mark.parametrize("name", [*OFFLOADED, *DOUBLE_OFFLOADED])

@@ -27,7 +27,12 @@ def loading(
 ) -> Loading:
     order = samples.order(0, 0, 2)
     return Loading(
-        samples, order, batch_samples=BATCH, max_tokens=max_tokens, rank=rank, num_ranks=num_ranks
+        lambda index: samples,
+        order,
+        batch_samples=BATCH,
+        max_tokens=max_tokens,
+        rank=rank,
+        num_ranks=num_ranks,
     )
 
 
@@ -98,7 +103,7 @@ def test_a_resumed_round_sees_what_the_whole_one_would_have_seen(tmp_path: Path)
 def test_an_update_without_a_token_is_there_and_has_no_micro_batch(tmp_path: Path) -> None:
     samples = samples_in(tmp_path)
     empty = [i for i, length in enumerate(FLAT) if not length]
-    (share,) = shares(Loading(samples, empty, batch_samples=BATCH, max_tokens=30))
+    (share,) = shares(Loading(lambda index: samples, empty, batch_samples=BATCH, max_tokens=30))
     assert (share.update.num_tokens, share.batch, share.weight) == (0, None, 0)
 
 

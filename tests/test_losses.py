@@ -8,6 +8,7 @@ from typing import Any, get_args
 
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from opdcache.heads import support_view
@@ -19,8 +20,10 @@ from opdcache.schemas.losses import (
     Support,
     TokensConfig,
     cell,
+    is_divergence,
     is_local,
     refusal,
+    tolerates_older,
 )
 from opdcache.train.learner import SupportHead
 from opdcache.train.live import (
@@ -46,6 +49,7 @@ WHOLE_KEYS = [key for key in DIVERGENCE_KEYS if key[2] != "truncated"]
 TAIL_KEYS = [key for key in CELL_KEYS if key[2] == "tail"]
 ALL_SUPPORTS = ("teacher_topk", "student_topk", "overlap", "union")
 CAP = 0.3
+OUTCOME = {"outcome": "rewards:right", "outcome_weight": 0.8}
 OPTIONS: list[tuple[Callable[[tuple[str, str, str]], bool], dict[str, Any]]] = [
     (lambda key: key[1] == "jsd", {"beta": 0.0}),
     (lambda key: key[1] == "jsd", {"beta": 0.1}),
@@ -63,6 +67,8 @@ OPTIONS: list[tuple[Callable[[tuple[str, str, str]], bool], dict[str, Any]]] = [
         {"reference": "base", "extrapolation": 0.6, "weighting": "teacher"},
     ),
     (lambda key: True, {"reference": "base", "reference_kl": 0.5}),
+    (lambda key: True, OUTCOME),
+    (lambda key: True, OUTCOME | {"importance_cap": CAP}),
 ]
 """What every option belongs to, and values of it."""
 
@@ -100,6 +106,7 @@ def stored(
         num_sequences=2,
         input_ids_BL=torch.zeros((1, tokens), dtype=torch.long),
         position_ids_BL=None,
+        branches_BL=None,
         rows_T=torch.zeros(tokens, dtype=torch.long),
         columns_T=picked,
         sequences_T=picked * 2 // tokens,
@@ -118,6 +125,7 @@ def stored(
         recorded_tail_T=torch.tensor(recorded_tails, dtype=torch.float64).log().float(),
         reference_sampled_T=-torch.linspace(0.5, 5, tokens),
         reference_recorded_TS=-torch.linspace(0.2, 6, recorded.numel()).view(recorded.shape),
+        advantage_T=torch.where(picked * 2 < tokens, 0.7, -0.4),
         **drawn(teacher_TV),
     )
 
@@ -325,7 +333,14 @@ def oracle_of(loss: LossConfig, batch: MicroBatch) -> Callable[[int, Tensor, Ten
         assert batch.reference_sampled_T is not None
         y, base = int(batch.sampled_T[t]), float(batch.reference_sampled_T[t])
         away = loss.reference_kl * (base - float(log_p[y].detach()))
-        return of_teacher(t, log_p, log_q) - away * log_p[y]
+        reward = 0.0
+        if loss.outcome_weight:
+            assert batch.sampling_T is not None
+            assert batch.advantage_T is not None
+            ratio = math.exp(float(log_p[y].detach()) - float(batch.sampling_T[t]))
+            share = 1.0 if loss.importance_cap is None else min(ratio, loss.importance_cap)
+            reward = loss.outcome_weight * share * float(batch.advantage_T[t])
+        return of_teacher(t, log_p, log_q) - (away + reward) * log_p[y]
 
     def of_teacher(t: int, log_p: Tensor, log_q: Tensor) -> Tensor:
         ids = support(t, log_p.detach(), log_q)
@@ -524,6 +539,7 @@ def test_a_teacher_that_is_the_student_gives_no_loss_and_no_gradient(
         for loss in LOSSES
         if (loss.support == "sampled" or loss.normalisation == "reference")
         and loss.reference is None
+        and loss.outcome is None
     ],
     ids=named,
 )
@@ -720,9 +736,11 @@ def test_every_combination_is_a_cell_or_is_refused_with_a_reason() -> None:
 
 def test_an_option_is_refused_where_it_means_nothing() -> None:
     values = {name: value for _, options in OPTIONS for name, value in options.items()}
-    del values["reference"], values["reference_kl"]
+    for name in ("reference", "reference_kl", "outcome", "outcome_weight"):
+        del values[name]  # tested below, by pairs
     for name, value in values.items():
-        belongs = [rule for rule, options in OPTIONS if name in options]
+        alone = [(rule, o) for rule, o in OPTIONS if "outcome" not in o]
+        belongs = [rule for rule, options in alone if name in options]
         for key in CELL_KEYS:
             loss = LossConfig(support=key[0], direction=key[1], normalisation=key[2])
             of = {"reference": "base"} if name == "extrapolation" else {}
@@ -773,6 +791,25 @@ def test_what_is_extrapolated_needs_a_reference_and_a_reference_a_use() -> None:
         assert why in str(refusal(LossConfig.model_validate(plain | wrong)))
     topk = LossConfig(reference="base", extrapolation=1.5)
     assert "whose ids the reference scored" in str(refusal(topk))
+
+
+def test_an_outcome_needs_a_weight_and_a_weight_an_outcome() -> None:
+    for wrong, why in (
+        ({"outcome": "rewards:right"}, "outcome belongs to outcome_weight"),
+        ({"outcome_weight": 0.5}, "outcome_weight belongs to a loss with an 'outcome'"),
+    ):
+        assert why in str(refusal(LossConfig.model_validate(wrong)))
+    with pytest.raises(ValidationError, match="outcome"):
+        LossConfig(outcome="no function", outcome_weight=0.5)
+
+
+def test_what_an_outcome_does_to_a_loss() -> None:
+    plain = config(("teacher_topk", "reverse", "renormalised"))
+    with_outcome = plain.model_copy(update=OUTCOME)
+    capped = with_outcome.model_copy(update={"importance_cap": CAP})
+    assert (is_local(plain), is_local(with_outcome)) == (True, False)
+    assert (is_divergence(plain), is_divergence(with_outcome)) == (True, False)
+    assert [tolerates_older(loss) for loss in (plain, with_outcome, capped)] == [True, False, True]
 
 
 def test_a_gate_on_the_teachers_entropy_needs_the_entropy() -> None:

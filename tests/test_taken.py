@@ -256,6 +256,26 @@ def test_the_kl_to_a_reference_is_refused_on_another_policys_rollouts(
     rollout(with_loss(scored, "overlap"), 0)
 
 
+def test_an_outcome_is_refused_on_another_policys_rollouts_without_a_cap_on_the_ratio(
+    base: dict[str, Any], tmp_path: Path, tiny_teacher: Path
+) -> None:
+    imported(tmp_path, tiny_teacher)
+    options = {"outcome": "rewards:right", "outcome_weight": 0.1}
+    with pytest.raises(LossError, match="outcome without importance_cap needs tokens that the"):
+        rollout(with_loss(base, "teacher_topk", **options), 0)
+    rollout(with_loss(base, "overlap", **options, importance_cap=2.0), 0)
+
+
+def test_a_cap_on_the_ratio_needs_the_log_probs_that_were_sampled_with(
+    base: dict[str, Any], tmp_path: Path, tiny_student: Path
+) -> None:
+    bare = [{k: v for k, v in row.items() if k != "sampling_logprobs"} for row in ROWS]
+    imported(tmp_path, tiny_student, bare)
+    options = {"outcome": "rewards:right", "outcome_weight": 0.1, "importance_cap": 2.0}
+    with pytest.raises(LossError, match=r"importance_cap needs sampling_logprobs.*leave it out"):
+        rollout(with_loss(base, "teacher_topk", **options), 0)
+
+
 def test_the_sampled_token_is_served_where_the_log_probs_are(
     base: dict[str, Any], tmp_path: Path, tiny_student: Path
 ) -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from opdcache.resolve import special_ids
 from opdcache.schemas.losses import TokensConfig
@@ -21,15 +22,40 @@ def test_a_length_curriculum_is_a_limit_a_round_and_the_last_one_stays(
     round_index: int, limit: int
 ) -> None:
     config = TokensConfig(max_supervised=(10, 20, 40))
-    assert TokenRule.of(config, round_index, ()).limit == limit
+    assert TokenRule.of(config, round_index, 0, ()).limit == limit
+
+
+@pytest.mark.parametrize(
+    ("update", "limit"), [(0, 10), (2, 10), (3, 20), (6, 20), (7, 40), (9, 40)]
+)
+def test_a_length_curriculum_widens_after_so_many_updates_of_the_run(
+    update: int, limit: int
+) -> None:
+    config = TokensConfig(max_supervised=(10, 20, 40), milestones=(3, 7))
+    assert TokenRule.of(config, 5, update, ()).limit == limit
+
+
+@pytest.mark.parametrize(
+    ("limits", "milestones", "words"),
+    [
+        ((), (3,), "one fewer than the numbers of max_supervised"),
+        ((10, 20), (3, 7), "one fewer than the numbers of max_supervised"),
+        ((10, 20, 40), (7, 7), "each comes after the one before"),
+    ],
+)
+def test_milestones_stand_between_the_numbers(
+    limits: tuple[int, ...], milestones: tuple[int, ...], words: str
+) -> None:
+    with pytest.raises(ValidationError, match=words):
+        TokensConfig(max_supervised=limits, milestones=milestones)
 
 
 def test_without_a_limit_a_round_has_none() -> None:
-    assert TokenRule.of(TokensConfig(), 3, (1, 2)) == TokenRule()
+    assert TokenRule.of(TokensConfig(), 3, 0, (1, 2)) == TokenRule()
 
 
 def test_special_ids_are_left_out_when_asked() -> None:
-    assert TokenRule.of(TokensConfig(skip_special=True), 0, (1, 2)).left_out == (1, 2)
+    assert TokenRule.of(TokensConfig(skip_special=True), 0, 0, (1, 2)).left_out == (1, 2)
 
 
 def test_the_fraction_is_taken_in_double_precision() -> None:

@@ -92,6 +92,7 @@ def on_support(loss: LossConfig, batch: MicroBatch, student: Live) -> OnSupport:
         reference_TK=_reference_on(loss, batch),
         student_sampled_T=student.sampled_T,
         reference_sampled_T=batch.reference_sampled_T,
+        advantage_T=batch.advantage_T,
     )
 
 

@@ -6,11 +6,12 @@ the number of ranks and the budget too.
 
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
 
+from .answers import Answers
 from .microbatch import MicroBatch
 from .samples import RoundSamples
 
@@ -30,6 +31,7 @@ class Update:
         num_tokens: supervised tokens of them.
         weight: what the loss is divided by.
         longest: places of a completion up to the last supervised one, at most.
+        num_answer_tokens: tokens of its prompts' reference answers, where they are imitated too.
     """
 
     index: int
@@ -37,6 +39,7 @@ class Update:
     num_tokens: int
     weight: float
     longest: int
+    num_answer_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,27 +51,31 @@ class Share:
         samples: in the micro-batch.
         batch: None of an update without a supervised token.
         weight: 1; 0 where it only keeps a rank in step with the others.
+        is_answers: whether it holds reference answers in the place of samples.
     """
 
     update: Update
     samples: tuple[int, ...]
     batch: MicroBatch | None
     weight: int
+    is_answers: bool = False
 
 
 class Loading:
     """The updates of a round as micro-batches.
 
     Args:
+        samples_of: the round's samples as an update takes them, by its index in the round.
         order: samples in training order.
         batch_samples: samples an update, over all ranks.
         max_tokens: tokens of one forward and backward at most, padding included.
         pin: put them in memory that an accelerator copies from while it computes.
+        answers: to imitate, beside the samples.
     """
 
     def __init__(
         self,
-        samples: RoundSamples,
+        samples_of: Callable[[int], RoundSamples],
         order: Sequence[int],
         *,
         batch_samples: int,
@@ -76,10 +83,12 @@ class Loading:
         rank: int = 0,
         num_ranks: int = 1,
         pin: bool = False,
+        answers: Answers | None = None,
     ) -> None:
-        self._samples, self._order = samples, order
+        self._samples_of, self._order = samples_of, order
         self._batch_samples, self._max_tokens = batch_samples, max_tokens
         self._rank, self._num_ranks, self._pin = rank, num_ranks, pin
+        self._answers = answers
         self.num_updates = -(-len(order) // batch_samples)
 
     def shares(self, first_update: int) -> Iterator[tuple[Share, float]]:
@@ -92,32 +101,43 @@ class Loading:
     def _update(self, index: int) -> Update:
         """What an update takes."""
         start = index * self._batch_samples
-        batch, samples = self._order[start : start + self._batch_samples], self._samples
+        batch = self._order[start : start + self._batch_samples]
+        samples, answers = self._samples_of(index), self._answers
         return Update(
             index=index,
             samples=tuple(batch),
             num_tokens=samples.num_tokens(batch),
             weight=samples.weight(batch),
             longest=samples.longest(batch),
+            num_answer_tokens=answers.num_tokens(answers.of(batch)) if answers else 0,
         )
 
     def _shares(self, first_update: int) -> Iterator[Share]:
         for update in map(self._update, range(first_update, self.num_updates)):
+            samples = self._samples_of(update.index)
             if not update.num_tokens:
                 yield Share(update, (), None, 0)
-            for samples, weight in self._cut(update.samples):
-                batch = self._samples.collate(samples)
-                batch = batch.pinned() if self._pin else batch
-                yield Share(update, tuple(samples), batch, weight)
+            for mine, weight in self._cut(samples, update.samples):
+                yield Share(update, tuple(mine), self._placed(samples.collate(mine)), weight)
+            if self._answers is None or not update.num_tokens:
+                continue
+            for mine, weight in self._cut(self._answers, self._answers.of(update.samples)):
+                batch = self._placed(self._answers.collate(mine))
+                yield Share(update, tuple(mine), batch, weight, is_answers=True)
 
-    def _cut(self, samples: Sequence[int]) -> list[tuple[list[int], int]]:
+    def _placed(self, batch: MicroBatch) -> MicroBatch:
+        return batch.pinned() if self._pin else batch
+
+    def _cut(
+        self, sequences: RoundSamples | Answers, of: Sequence[int]
+    ) -> list[tuple[list[int], int]]:
         """This rank's micro-batches, with weight 1.
 
         Ranks take the same number of backward passes: the collectives of ZeRO need that. A rank
-        with fewer micro-batches repeats a sample of the update with weight 0.
+        with fewer micro-batches repeats a sequence of the update with weight 0.
         """
-        dealt = self._samples.dealt(samples, self._num_ranks)
-        ranks = [list(self._samples.micro_batches(mine, self._max_tokens)) for mine in dealt]
+        dealt = sequences.dealt(of, self._num_ranks)
+        ranks = [sequences.micro_batches(mine, self._max_tokens) for mine in dealt]
         most = max(map(len, ranks))
         filler = [micro[-1][-1:] for micro in ranks if micro][:1]
         mine = ranks[self._rank]

@@ -37,7 +37,8 @@ class OnSupport:
         teacher_entropy_T: nats; None where it is not stored.
         reference_TK: a reference's log-probs of the same ids; None unless the loss extrapolates.
         student_sampled_T, reference_sampled_T: log-probs of the sampled token; None unless the
-            loss has a KL to the reference.
+            loss looks at them.
+        advantage_T: the outcome's, of the completion; None unless the loss has one.
     """
 
     student_TK: Tensor
@@ -50,6 +51,7 @@ class OnSupport:
     reference_TK: Tensor | None = None
     student_sampled_T: Tensor | None = None
     reference_sampled_T: Tensor | None = None
+    advantage_T: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,13 +69,18 @@ def token_losses(loss: LossConfig, on: OnSupport) -> Tensor:
 
     A token whose support is empty contributes 0 to all forms but the tail's.
     """
-    losses_T = _teachers_losses(loss, on)
-    if not loss.reference_kl:
-        return losses_T
-    assert on.student_sampled_T is not None
-    assert on.reference_sampled_T is not None
-    away_T = (on.reference_sampled_T - on.student_sampled_T).detach()
-    return losses_T - loss.reference_kl * away_T * on.student_sampled_T
+    losses_T, student_T = _teachers_losses(loss, on), on.student_sampled_T
+    if loss.reference_kl:
+        assert student_T is not None
+        assert on.reference_sampled_T is not None
+        away_T = (on.reference_sampled_T - student_T).detach()
+        losses_T = losses_T - loss.reference_kl * away_T * student_T
+    if loss.outcome_weight:
+        assert student_T is not None
+        assert on.advantage_T is not None
+        weight_T = _share(student_T, on.sampling_T, loss.importance_cap) * on.advantage_T
+        losses_T = losses_T - loss.outcome_weight * weight_T * student_T
+    return losses_T
 
 
 def _teachers_losses(loss: LossConfig, on: OnSupport) -> Tensor:
@@ -119,11 +126,16 @@ def sampled_policy_gradient(
         extrapolation: how far from the reference, in teachers, the student is drawn.
     """
     student_T = on.student_TK[:, 0]
-    weight_T = _clamped(_goal(on, extrapolation)[:, 0] - student_T, clamp)
-    if importance_cap is not None:
-        assert on.sampling_T is not None
-        weight_T = weight_T * (student_T - on.sampling_T).exp().clamp(max=importance_cap)
-    return -weight_T.detach() * student_T
+    weight_T = _clamped(_goal(on, extrapolation)[:, 0] - student_T, clamp).detach()
+    return -_share(student_T, on.sampling_T, importance_cap) * weight_T * student_T
+
+
+def _share(student_T: Tensor, sampling_T: Tensor | None, cap: float | None) -> Tensor:
+    """``sg[min(p / p_sampling, cap)]``; 1 without a cap."""
+    if cap is None:
+        return torch.ones_like(student_T)
+    assert sampling_T is not None
+    return (student_T.detach() - sampling_T).exp().clamp(max=cap)
 
 
 def draws_cross_entropy(on: OnSupport) -> Tensor:

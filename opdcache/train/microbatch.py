@@ -43,6 +43,7 @@ class MicroBatch:
         draw_ids_TN, draw_counts_TN: ids that the teacher drew, and how often; 0 past the last.
         reference_sampled_T, reference_recorded_TS: a reference's log-probs of the sampled token and
             of the recorded ids.
+        advantage_T: float32, of the outcome of the token's completion; see ``outcomes``.
     """
 
     num_sequences: int
@@ -55,20 +56,21 @@ class MicroBatch:
     places_T: Tensor
     weights_T: Tensor
     sampled_T: Tensor
-    sampling_T: Tensor | None
-    teacher_sampled_T: Tensor | None
-    teacher_entropy_T: Tensor | None
-    topk_ids_TK: Tensor | None
-    topk_TK: Tensor | None
-    kept_TK: Tensor | None
-    tail_T: Tensor | None
-    recorded_ids_TS: Tensor | None
-    recorded_TS: Tensor | None
-    recorded_tail_T: Tensor | None
-    draw_ids_TN: Tensor | None
-    draw_counts_TN: Tensor | None
+    sampling_T: Tensor | None = None
+    teacher_sampled_T: Tensor | None = None
+    teacher_entropy_T: Tensor | None = None
+    topk_ids_TK: Tensor | None = None
+    topk_TK: Tensor | None = None
+    kept_TK: Tensor | None = None
+    tail_T: Tensor | None = None
+    recorded_ids_TS: Tensor | None = None
+    recorded_TS: Tensor | None = None
+    recorded_tail_T: Tensor | None = None
+    draw_ids_TN: Tensor | None = None
+    draw_counts_TN: Tensor | None = None
     reference_sampled_T: Tensor | None = None
     reference_recorded_TS: Tensor | None = None
+    advantage_T: Tensor | None = None
 
     @property
     def num_tokens(self) -> int:

@@ -34,9 +34,16 @@ class Report:
         self.worst_sample, self.worst_loss = "", 0.0
         self._sums: dict[str, Tensor] = {}
         self._losses: list[tuple[Share, Tensor]] = []
+        self._answers: Tensor | None = None
 
     def add(self, objective: Objective, share: Share) -> None:
         """Add a micro-batch."""
+        if share.is_answers:
+            names = ("loss", "num_tokens", "objective")
+            found = torch.stack([objective.sums[name].sum() for name in names])
+            counted = found if share.weight else torch.zeros_like(found)
+            self._answers = counted if self._answers is None else self._answers + counted
+            return
         for name, values_P in objective.sums.items():
             # What only keeps a rank in step may be anything; it counts for nothing.
             counted_P = values_P if share.weight else torch.zeros_like(values_P)
@@ -48,6 +55,8 @@ class Report:
         """Make the sums those of all ranks."""
         together = sum_of(torch.stack(list(self._sums.values())))
         self._sums = dict(zip(self._sums, together.cpu(), strict=True))
+        if self._answers is not None:
+            self._answers = sum_of(self._answers).cpu()
 
     def worst(self, num_tokens: Callable[[Sequence[int]], int]) -> Tensor:
         """This rank's sample with the largest mean loss, and that loss; float64 [2]. A loss that is
@@ -64,8 +73,14 @@ class Report:
     ) -> dict[str, float]:
         """The update's metrics by name; see ``live.means``."""
         sums = {name: float(values_P.sum()) for name, values_P in self._sums.items()}
+        imitated = {}
+        if self._answers is not None:
+            loss, count, objective = self._answers.tolist()
+            sums["objective"] += objective
+            imitated["sft_loss"] = loss / count
         return {
             **means(sums),
+            **imitated,
             "objective": sums["objective"],
             "grad_norm": grad_norm,
             "lr": lr,

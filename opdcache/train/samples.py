@@ -8,9 +8,9 @@ S recorded student entries, N drawn ids.
 """
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from heapq import heapreplace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,7 +26,9 @@ from ..schemas.training import Layout
 from ..store import rollouts as shards
 from ..store.cache import Cache
 from ..store.scores import Draws, Scores, TopK
+from .dealing import cut, deal
 from .microbatch import LAYOUTS, Fed, MicroBatch, alike
+from .outcomes import Outcome, advantages, rewards
 from .weights import TokenRule
 
 _SHARDS_IN_MEMORY = 32
@@ -84,6 +86,7 @@ class RoundSamples:
         rule: which tokens are supervised, beside the loss mask, and their weights.
         layout: of a micro-batch's sequences.
         reference: name of the round's reference whose scores are read too.
+        outcome: rewards the completions.
     """
 
     def __init__(
@@ -96,14 +99,25 @@ class RoundSamples:
         rule: TokenRule = TokenRule(),  # noqa: B008  # it is frozen
         layout: Layout = "padded",
         reference: str | None = None,
+        outcome: Outcome | None = None,
     ) -> None:
         self._cache, self._rollouts, self._scores = cache, rollouts.shards, scores
         self._by_reference = scores.references[reference] if reference else ()
         self._columns, self._reference_columns = _common(scores.shards), _common(self._by_reference)
         self._k, self._mass, self._rule, self._layout = k, mass, rule, layout
+        self._outcome = outcome
         rows = [shard.num_rows for shard in self._rollouts]
         self._starts = np.concatenate([[0], np.cumsum(rows)])
         self._shard = lru_cache(maxsize=_SHARDS_IN_MEMORY)(self._read)
+        self._by_rule = {rule: self}
+
+    def under(self, rule: TokenRule) -> "RoundSamples":
+        """The same samples under another rule; what is decoded of them is held once."""
+        if rule not in self._by_rule:
+            other = self._by_rule[rule] = copy(self)
+            other._rule = rule
+            vars(other).pop("_sizes", None)
+        return self._by_rule[rule]
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -116,27 +130,15 @@ class RoundSamples:
         drawn = (rng.permutation(len(together)) for _ in range(epochs))
         return [sample for epoch in drawn for i in epoch for sample in together[i]]
 
-    def micro_batches(self, samples: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
+    def micro_batches(self, samples: Sequence[int], max_tokens: int) -> list[list[int]]:
         """Samples with tokens to supervise, grouped by length under a budget of tokens fed, padding
         included."""
-        rows = self._rows(samples, max_tokens)
-        while rows:
-            size = max(1, max_tokens // self._length(rows[0]))
-            if self._layout == "packed":
-                fed = np.cumsum([self._length(row) for row in rows])
-                size = max(1, int(np.searchsorted(fed, max_tokens, side="right")))
-            yield [sample for row in rows[:size] for sample in row]
-            rows = rows[size:]
+        return cut(self._rows(samples, max_tokens), self._length, max_tokens, self._layout)
 
     def dealt(self, samples: Sequence[int], num_ranks: int) -> list[list[int]]:
-        """Samples with tokens to supervise, to each rank about as many tokens to feed: the longest
-        first, each to the rank that has least; samples that share a prompt to the same one."""
-        ranks = [(0, rank, list[int]()) for rank in range(num_ranks)]
-        for row in self._rows(samples):
-            num_tokens, rank, mine = ranks[0]
-            mine.extend(row)
-            heapreplace(ranks, (num_tokens + self._length(row), rank, mine))
-        return [mine for _, _, mine in sorted(ranks, key=lambda held: held[1])]
+        """Samples with tokens to supervise, to each rank about as many tokens to feed; samples that
+        share a prompt's row to the same one."""
+        return deal(self._rows(samples), self._length, num_ranks)
 
     def num_tokens(self, samples: Sequence[int]) -> int:
         """Supervised tokens of the samples."""
@@ -150,6 +152,23 @@ class RoundSamples:
         """What the loss of the samples is to be divided by; see ``TokenRule.total``."""
         return sum(self._sizes[i].weight for i in samples)
 
+    def prompt(self, sample: int) -> int:
+        """Number of a sample's prompt; samples of the same prompt have the same."""
+        return self._sizes[sample].prompt
+
+    def asked(self) -> list[tuple[NDArray[np.int32], str | None]]:
+        """Token ids and reference answer of every prompt, by its number."""
+        found = dict[bytes, tuple[NDArray[np.int32], str | None]]()
+        for ids, answer in self._texts("prompt_token_ids", "answer"):
+            prompt = np.array(ids, np.int32)
+            found.setdefault(prompt.tobytes(), (prompt, answer))
+        return list(found.values())
+
+    def reward(self, samples: Sequence[int]) -> float | None:
+        """Mean reward of the samples; None without an outcome."""
+        found = self._rewards
+        return None if found is None else float(found[list(samples)].mean())
+
     def why_dropped(self, sample: int) -> str | None:
         """Why a sample cannot be trained on; None when it can."""
         if self._num_tokens(sample):
@@ -160,19 +179,21 @@ class RoundSamples:
         """Samples that have one of these faults, each with the first that it has."""
         if not drop:
             return {}
-        texts = (pair for shard in range(len(self._rollouts)) for pair in self._texts(shard))
         found = {}
-        for sample, (finish_reason, text) in enumerate(texts):
+        for sample, (finish_reason, text) in enumerate(self._texts("finish_reason", "text")):
             mine = [fault for fault in faults(finish_reason, text) if fault in drop]
             if mine:
                 found[sample] = mine[0]
         return found
 
-    def _texts(self, index: int) -> Iterator[tuple[str, str]]:
-        """Finish reason and text of a shard's completions."""
-        table = self._cache.read_rollouts(self._cache.need_rollouts(self._rollouts[index]))
-        columns = (table.column(name).to_pylist() for name in ("finish_reason", "text"))
-        return zip(*columns, strict=True)
+    def _texts(self, *names: str) -> Iterator[tuple[Any, ...]]:
+        """Columns of every completion; None of one that its shard lacks."""
+        for listed in self._rollouts:
+            table = self._cache.read_rollouts(self._cache.need_rollouts(listed))
+            nothing = [None] * table.num_rows
+            held = table.column_names
+            columns = (table.column(n).to_pylist() if n in held else nothing for n in names)
+            yield from zip(*columns, strict=True)
 
     def where(self, sample: int) -> str:
         """A sample's place in the cache, for people."""
@@ -223,6 +244,7 @@ class RoundSamples:
             draw_counts_TN=joined(alike([d.counts.astype(np.int64) for d in draws])),
             reference_sampled_T=joined([p.reference_sampled() for p in pieces]),
             reference_recorded_TS=joined([p.reference_recorded(width) for p in pieces]),
+            advantage_T=self._advantage(samples, [len(p.within) for p in pieces]),
         )
 
     def _place(self, sample: int) -> tuple[int, int]:
@@ -246,8 +268,8 @@ class RoundSamples:
         return list(rows.values())
 
     def _rows(self, samples: Iterable[int], max_tokens: int | None = None) -> list[list[int]]:
-        """Samples with tokens to supervise as rows, the longest first; a row of several that would
-        be longer than ``max_tokens`` is cut into more."""
+        """Samples with tokens to supervise as rows; a row of several that would be longer than
+        ``max_tokens`` is cut into more."""
         rows = []
         for together in self._alike(i for i in samples if self._num_tokens(i)):
             row = list[int]()
@@ -257,7 +279,7 @@ class RoundSamples:
                     row = []
                 row.append(sample)
             rows.append(row)
-        return sorted(rows, key=lambda row: (-self._length(row), row))
+        return rows
 
     def _length(self, row: Sequence[int]) -> int:
         """Tokens fed of a row: its prompt's, and its completions'."""
@@ -289,6 +311,26 @@ class RoundSamples:
                 is_empty=not len(completion),
             )
             start = stop
+
+    @cached_property
+    def _rewards(self) -> NDArray[np.float64] | None:
+        """Of every sample."""
+        if self._outcome is None:
+            return None
+        return rewards(self._outcome, self._texts("text", "answer"), self.where)
+
+    @cached_property
+    def _advantages(self) -> NDArray[np.float64] | None:
+        """Of every sample."""
+        found = self._rewards
+        return None if found is None else advantages(found, [size.prompt for size in self._sizes])
+
+    def _advantage(self, samples: Sequence[int], counts: Sequence[int]) -> Tensor | None:
+        """Of the tokens of some samples, [T]."""
+        found = self._advantages
+        if found is None:
+            return None
+        return torch.from_numpy(np.repeat(found[list(samples)], counts).astype(np.float32))
 
     @cached_property
     def _recorded(self) -> tuple[bool, int]:

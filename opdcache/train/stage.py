@@ -13,16 +13,20 @@ import torch
 
 from ..errors import ConfigError, EngineError, Held, InputsMissing, Interrupted, RunChanged
 from ..identity import digest, model_fingerprint
-from ..resolve import special_ids
+from ..resolve import load_tokenizer, special_ids
 from ..runfolder import RunContext
+from ..schemas.losses import TokensConfig
 from ..schemas.rounds import RolloutRound, ScoreRound, TrainRound
 from ..served import refuse_unserved
 from ..stage import interrupts
 from ..store.upkeep import quarantining
+from .answers import IMITATION, Answers
 from .learner import Learner
 from .loading import Loading, Share, Update
 from .metrics import MetricsLog, refuse_missing
+from .microbatch import MicroBatch
 from .objective import Objective
+from .outcomes import outcome_function
 from .reports import Report, below, is_spike
 from .samples import RoundSamples
 from .saved import Position, Saved
@@ -84,6 +88,7 @@ class _Training:
     def __init__(self, context: RunContext, round_index: int) -> None:
         config = context.config
         self._context, self._round, self._started = context, round_index, time.monotonic()
+        self._first = 0
         self._loss, self._train = config.train.loss, config.train
         refuse_missing(self._train.trackio)
         rollouts, scores = _pinned(context, self._train.trained_rounds(round_index))
@@ -94,11 +99,15 @@ class _Training:
             scores,
             self._loss.k,
             config.score.mass,
-            self._rule(),
+            self._rule(0),
             self._train.layout,
             self._loss.reference,
+            outcome_function(self._loss.outcome) if self._loss.outcome else None,
         )
         self._order, self._unfit = self._ordered()
+        reward = self._samples.reward(self._order)
+        if reward is not None:
+            context.progress.say(f"mean reward of the round's completions: {reward:.4g}")
         context.progress.say(f"starting DeepSpeed for {context.student(round_index).name}")
         goes_on = self._train.lora is not None and not self._train.fresh_optimizer
         self.learner = Learner(
@@ -106,16 +115,19 @@ class _Training:
             self._train,
             total_updates=self._total_updates(),
         )
+        self._position = self._resume()
+        position = self._position
+        self._first = position.num_updates - (position.next_update - position.num_skipped)
         self._loading = Loading(
-            self._samples,
+            self._samples_of,
             self._order,
             batch_samples=self._train.batch_samples,
             max_tokens=self._train.micro_batch_tokens,
             rank=self.learner.rank,
             num_ranks=self.learner.world_size,
             pin=self.learner.device.type != "cpu",
+            answers=self._answers() if self._loss.sft_weight else None,
         )
-        self._position = self._resume()
         self._lap = time.monotonic()
         self._losses: list[float] = []
         self._stop = self._stop_agreed = False
@@ -126,18 +138,34 @@ class _Training:
         counts = (len(self._train.trained_rounds(r)) for r in range(self._context.config.rounds))
         return sum(math.ceil(mine * count / self._train.batch_samples) for count in counts)
 
-    def _rule(self) -> TokenRule:
+    def _rule(self, update: int) -> TokenRule:
+        """What counts in an update of the run."""
         tokens, special = self._train.tokens, tuple[int, ...]()
         if tokens.skip_special:
             special = special_ids(self._context.student(self._round))
-        return TokenRule.of(tokens, self._round, special)
+        return TokenRule.of(tokens, self._round, update, special)
+
+    def _answers(self) -> Answers:
+        """What the student is to imitate, beside its own completions."""
+        tokenizer = load_tokenizer(self._context.student(self._round))
+        end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+
+        def ids_of(answer: str) -> list[int]:
+            return [*tokenizer.encode(answer, add_special_tokens=False), *end]
+
+        return Answers(self._samples, ids_of, self._train.layout)
+
+    def _samples_of(self, index: int) -> RoundSamples:
+        """The samples as an update of the round takes them."""
+        return self._samples.under(self._rule(self._first + index))
 
     @property
     def dropped(self) -> dict[str, int]:
         """Samples that were not trained on, by reason."""
-        position = self._position
-        reached = self._order[: position.next_update * self._train.batch_samples]
-        nothing = Counter(why for i in reached if (why := self._samples.why_dropped(i)))
+        position, size = self._position, self._train.batch_samples
+        reached = self._order[: position.next_update * size]
+        said = (self._samples_of(n // size).why_dropped(i) for n, i in enumerate(reached))
+        nothing = Counter(why for why in said if why)
         more = Counter(
             {
                 "gradient not finite": len(reached) - position.num_samples,
@@ -264,6 +292,9 @@ class _Training:
         elapsed, self._lap = time.monotonic() - self._lap, time.monotonic()
         if norm is not None:
             values = report.values(norm, lr, update.num_tokens, elapsed)
+            reward = self._samples.reward(update.samples)
+            if reward is not None:
+                values["reward"] = reward
             self._look_at(values, report)
             if log is not None:
                 log.write(
@@ -282,21 +313,36 @@ class _Training:
         known before any forward."""
         if share.batch is None:
             return
-        objective = Objective(
+        if share.is_answers:
+            objective = self._imitation(share, share.batch)
+        else:
+            objective = self._objective(share, share.batch)
+        self.learner.backward(self.learner.loss(objective) * share.weight)
+        report.add(objective, share)
+
+    def _imitation(self, share: Share, batch: MicroBatch) -> Objective:
+        return Objective(
+            IMITATION,
+            TokensConfig(),
+            batch.to(self.learner.device),
+            share.update.num_answer_tokens / self._loss.sft_weight,
+            int(batch.places_T.max()) + 1,
+        )
+
+    def _objective(self, share: Share, batch: MicroBatch) -> Objective:
+        return Objective(
             self._loss,
             self._train.tokens,
-            share.batch.to(self.learner.device),
+            batch.to(self.learner.device),
             share.update.weight,
             share.update.longest,
             self._train.measure_every,
         )
-        self.learner.backward(self.learner.loss(objective) * share.weight)
-        report.add(objective, share)
 
     def _finish(self, update: Update, report: Report) -> float | None:
         """Update the weights; the gradient's norm, None where it is not finite."""
         report.sum_over_ranks(self.learner.sum)
-        worst = report.worst(self._samples.num_tokens).to(self.learner.device)
+        worst = report.worst(self._samples_of(update.index).num_tokens).to(self.learner.device)
         worst = self.learner.gathered(worst)
         sample, report.worst_loss = worst[worst[:, 1].argmax()].tolist()
         report.worst_sample = self._samples.where(int(sample))

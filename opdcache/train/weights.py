@@ -4,6 +4,7 @@ Legend: T tokens.
 """
 
 import math
+from bisect import bisect_right
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +17,7 @@ from ..schemas.losses import TokensConfig
 
 @dataclass(frozen=True, slots=True)
 class TokenRule:
-    """``train.tokens`` in one round.
+    """``train.tokens`` at one update.
 
     Attributes:
         limit: tokens of a completion, from its first, that may be supervised.
@@ -34,12 +35,13 @@ class TokenRule:
 
     @classmethod
     def of(
-        cls, config: TokensConfig, round_index: int, special_ids: tuple[int, ...]
+        cls, config: TokensConfig, round_index: int, update: int, special_ids: tuple[int, ...]
     ) -> "TokenRule":
-        """The rule of a round: the last limit stands for the rounds after it too."""
+        """The rule of an update of the run: the last limit stands for those after it too."""
         limits = config.max_supervised
+        passed = bisect_right(config.milestones, update) if config.milestones else round_index
         return cls(
-            limit=limits[min(round_index, len(limits) - 1)] if limits else None,
+            limit=limits[min(passed, len(limits) - 1)] if limits else None,
             left_out=special_ids if config.skip_special else (),
             half_life=config.half_life,
             fraction=config.fraction,

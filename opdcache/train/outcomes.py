@@ -1,0 +1,82 @@
+"""Rewards of whole completions, by a function of the user's."""
+
+import importlib
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import ConfigError
+
+_PLACE = "train.loss.outcome"
+
+Outcome = Callable[[str, str], float]
+"""Reward of a completion's text, given the prompt's reference answer."""
+
+
+def outcome_function(name: str) -> Outcome:
+    """The function behind ``module:name``.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    module, _, attribute = name.partition(":")
+    try:
+        found: object = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(
+            f"{_PLACE}: {name!r} cannot be imported: {error}",
+            remedy="install the module, or put its folder into PYTHONPATH",
+        ) from error
+    if not callable(found):
+        raise ConfigError(f"{_PLACE}: {name!r} is no function")
+    return found
+
+
+def rewards(
+    outcome: Outcome, completions: Iterable[tuple[str, str | None]], where: Callable[[int], str]
+) -> NDArray[np.float64]:
+    """Reward of every completion, [N].
+
+    Args:
+        completions: text and reference answer of each.
+        where: a completion's place, for errors.
+
+    Raises:
+        ConfigError: an answer is missing, or the function fails, or what it gives is no number.
+    """
+    made = []
+    for i, (text, answer) in enumerate(completions):
+        if answer is None:
+            raise ConfigError(
+                f"{_PLACE}: the prompt has no reference answer",
+                where=where(i),
+                remedy="name the prompts' answers (prompts.source), or leave the outcome out",
+            )
+        try:
+            reward = float(outcome(text, answer))
+        except Exception as error:  # it is the user's code
+            raise ConfigError(
+                f"{_PLACE}: the function failed: {type(error).__name__}: {error}", where=where(i)
+            ) from error
+        if not math.isfinite(reward):
+            raise ConfigError(f"{_PLACE}: the function gave {reward}", where=where(i))
+        made.append(reward)
+    return np.array(made)
+
+
+def advantages(rewards_N: NDArray[np.float64], prompts: Sequence[int]) -> NDArray[np.float64]:
+    """Rewards less their mean over the completions of the same prompt, [N]: not divided by their
+    deviation, which would weigh prompts by how alike their completions fare (arXiv 2503.20783).
+
+    Args:
+        prompts: number of each completion's prompt.
+    """
+    by_prompt = defaultdict[int, list[float]](list)
+    for prompt, reward in zip(prompts, rewards_N.tolist(), strict=True):
+        by_prompt[prompt].append(reward)
+    means = {prompt: float(np.mean(values)) for prompt, values in by_prompt.items()}
+    baseline_N = np.array([means[prompt] for prompt in prompts])
+    return np.asarray(rewards_N - baseline_N, np.float64)
