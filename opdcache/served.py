@@ -22,21 +22,27 @@ def refuse_unserved(context: RunContext, rollouts: RolloutRound) -> None:
     """
     loss, ends = context.config.train.loss, context.config.train.end_round
     support, recorded = f"support {loss.support!r}", cell(loss).needs_recorded_topk
-    is_own = "reference_kl" if loss.reference_kl else None
-    if loss.outcome_weight and loss.importance_cap is None:
-        is_own = "outcome without importance_cap"
-    another = _disagreement(context, rollouts) if recorded or is_own else None
+    unweighed = loss.outcome_weight and loss.importance_cap is None
+    looks = recorded or loss.reference_kl or unweighed
+    another = _disagreement(context, rollouts) if looks else None
     if another and recorded:
         raise _refusal(
             f"{support} needs the teacher's log-probs at ids that the live student chose, and "
             "these rollouts are another policy's",
             **another,
         )
-    if another:
+    if another and loss.reference_kl:
         raise _refusal(
-            f"{is_own} needs tokens that the live student sampled, and these rollouts are "
+            "reference_kl needs tokens that the live student sampled, and these rollouts are "
             "another policy's",
             remedy="leave it out, or sample in this run",
+            **another,
+        )
+    if another:
+        raise _refusal(
+            "an outcome without importance_cap needs tokens that the live student sampled, and "
+            "these rollouts are another policy's",
+            remedy="set train.loss.importance_cap",
             **another,
         )
     ratio = support if loss.support == "sampled" else "train.end_round.ess" if ends.ess else None

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 CPU_KVCACHE_BYTES = 4 * 2**30
 RUNTIME_ARGUMENTS = frozenset(
     {
+        "block_size",
         "data_parallel_size",
         "disable_log_stats",
         "distributed_executor_backend",

@@ -266,6 +266,16 @@ class RunConfig(Model):
         return self
 
     @model_validator(mode="after")
+    def _outcomes_are_compared(self) -> Self:
+        alone = self.rollout.samples_per_prompt == 1 and self.rollouts is None
+        if alone and self.train.loss.outcome_weight:
+            raise ValueError(
+                "train.loss.outcome: completions of a prompt are compared; set "
+                "rollout.samples_per_prompt to 2 or more"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _shared_prompts_need_masks(self) -> Self:
         if self.train.share_prompts and self.train.packing:
             raise ValueError("train.share_prompts: a row holds one prompt; leave out train.packing")

@@ -409,6 +409,7 @@ def test_columns_that_are_not_stored_are_none(tmp_path: Path) -> None:
         "draw_counts_TN",
         "reference_sampled_T",
         "reference_recorded_TS",
+        "advantage_T",
     }
     assert batch.teacher_sampled_T is not None
     expected = [-place(i, t) for i, t in ((1, 0), (1, 1), (0, 0), (0, 1), (0, 2))]

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 
-from opdcache.errors import ConfigError
 from opdcache.schemas.training import Layout
 from opdcache.store.cache import Cache
 from opdcache.train.answers import Answers
@@ -83,10 +82,10 @@ def test_the_ranks_answers_are_all_of_them_each_once(tmp_path: Path) -> None:
         assert len(part) == 1 or answers.collate(part).input_ids_BL.numel() <= 10
 
 
-def test_a_round_without_answers_says_so(tmp_path: Path) -> None:
-    answers = answers_in(tmp_path, [([3], None)])
-    with pytest.raises(ConfigError, match=r"sft_weight: no prompt .* has a reference answer"):
-        answers.of([0])
+def test_an_answer_may_come_with_a_later_copy_of_the_prompt(tmp_path: Path) -> None:
+    answers = answers_in(tmp_path, [([3], None), ([4], "5"), ([3], "12")])
+    assert answers.of([0, 1]) == answers.of([2, 1])
+    assert answers.num_tokens(answers.of([0])) == 3
 
 
 def test_what_an_answer_is_predicted_by_is_what_its_prompt_is(tmp_path: Path) -> None:

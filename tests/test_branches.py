@@ -42,8 +42,8 @@ def test_attention_that_takes_a_mask_keeps_them_apart(
 @pytest.mark.parametrize(
     ("layout", "words"),
     [
-        ("packed", "train.packing: this model's sequences see one another"),
-        ("shared", "train.share_prompts needs full attention in every layer"),
+        ("packed", r"train.packing: not with these layers .*linear.*set train.packing: false"),
+        ("shared", r"train.share_prompts: not with these layers .*linear"),
     ],
 )
 def test_a_recurrent_model_is_refused(layout: Layout, words: str) -> None:
@@ -63,5 +63,35 @@ def test_a_recurrent_model_is_refused(layout: Layout, words: str) -> None:
 def test_a_window_which_counts_the_other_completions_too_is_refused(
     kind: str, changes: dict[str, object]
 ) -> None:
-    with pytest.raises(ModelError, match="needs full attention in every layer"):
+    with pytest.raises(ModelError, match="share_prompts: not with these layers"):
         refuse_leaks(model(kind, **changes), "shared", Path("student"))
+
+
+def test_a_window_that_the_configuration_does_not_tell_is_found_out() -> None:
+    layers = {"attention_types": [[["global", "local"], 1]], "num_layers": 2, "window_size": 64}
+    local = model("GPTNeo", num_heads=2, max_position_embeddings=512, **layers)
+    with pytest.raises(ModelError, match="share_prompts: this model's sequences see one another"):
+        refuse_leaks(local, "shared", Path("student"))
+
+
+@pytest.mark.parametrize("layout", ["packed", "shared"])
+def test_a_layer_without_attention_that_the_configuration_does_not_tell_is_found_out(
+    layout: Layout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recurrent = model("Mamba", state_size=4)
+    monkeypatch.setattr(type(recurrent.config), "layer_types", None)
+    with pytest.raises(ModelError, match=r"see one another|cannot be read so"):
+        refuse_leaks(recurrent, layout, Path("student"))
+
+
+def test_a_mask_that_is_not_taken_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    attentive = model("Llama")
+    monkeypatch.setattr("opdcache.train.branches.branch_mask", lambda model, branches_BL: None)
+    with pytest.raises(ModelError, match="share_prompts: this model's sequences see one another"):
+        refuse_leaks(attentive, "shared", Path("student"))
+
+
+def test_a_model_that_cannot_be_masked_so_is_refused() -> None:
+    bloom = model("Bloom", n_head=2, n_layer=2)
+    with pytest.raises(ModelError, match="share_prompts: the model cannot be read so"):
+        refuse_leaks(bloom, "shared", Path("student"))

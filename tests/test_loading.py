@@ -169,6 +169,10 @@ def test_a_row_of_a_prompt_has_it_once_and_its_completions_behind_it(
     assert sorted(i for micro in made for i in micro) == FILLED
     for micro in made:
         batch = samples.collate(micro)
+        if len({i // SIBLINGS for i in micro}) == len(micro):
+            assert batch.branches_BL is None, "nothing shares a row"
+            assert torch.equal(batch.input_ids_BL, alone.collate(micro).input_ids_BL)
+            continue
         assert batch.position_ids_BL is not None
         assert batch.branches_BL is not None
         assert len(micro) == 1 or batch.input_ids_BL.numel() <= max_tokens
@@ -192,11 +196,13 @@ def test_completions_of_a_prompt_are_in_one_update_and_on_one_rank(tmp_path: Pat
         prompts = [prompt for prompt, _ in itertools.groupby(i // SIBLINGS for i in epoch)]
         assert len(prompts) == len(set(prompts)), "a prompt's completions follow one another"
     assert epochs[0] != epochs[1], "a new permutation an epoch"
-    dealt = samples.dealt(FILLED, 3)
+    dealt = samples.dealt(FILLED, 2)
     assert sorted(i for mine in dealt for i in mine) == FILLED
     where = {(i // SIBLINGS, rank) for rank, mine in enumerate(dealt) for i in mine}
     assert len(where) == len({i // SIBLINGS for i in FILLED})
     assert all(dealt)
+    one_prompt = [i for i in FILLED if i // SIBLINGS == 1]
+    assert all(samples.dealt(one_prompt, 2)), "no rank is idle for a prompt's sake"
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager", "flex_attention"])

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 from opdcache.errors import ConfigError
+from opdcache.outcomes import advantages, outcome_function, refuse_unanswered, rewards
+from opdcache.schemas.losses import LossConfig
 from opdcache.store.cache import Cache
 from opdcache.store.scores import Scores
-from opdcache.train.outcomes import advantages, outcome_function, rewards
 from opdcache.train.samples import RoundSamples
 
 from .handmade import Row, commit_rollouts, commit_scores, rounds
@@ -67,13 +68,37 @@ def test_a_function_is_found_by_its_import_path(
     (tmp_path / "users_rewards.py").write_text("def length(text, answer): return len(text)\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     assert outcome_function("users_rewards:length")("four", "4") == 4
-    with pytest.raises(ConfigError, match="'users_rewards:width' cannot be imported"):
+    with pytest.raises(ConfigError, match="'users_rewards' has no function 'width'"):
         outcome_function("users_rewards:width")
     with pytest.raises(ConfigError, match=r"no_such_module.*put its folder into PYTHONPATH"):
         outcome_function("no_such_module:length")
-    with pytest.raises(ConfigError, match="is no function"):
+    with pytest.raises(ConfigError, match="has no function '__name__'"):
         outcome_function("users_rewards:__name__")
+    (tmp_path / "users_wrong_rewards.py").write_text("1 / 0\n")
+    with pytest.raises(ConfigError, match=r"'users_wrong_rewards' cannot be .*ZeroDivisionError"):
+        outcome_function("users_wrong_rewards:length")
     del sys.modules["users_rewards"]
+
+
+def test_completions_without_others_of_their_prompt_have_nothing_to_be_compared_with() -> None:
+    with pytest.raises(ConfigError, match="no prompt has two completions"):
+        advantages(np.array([1.0, 0.0]), [0, 1])
+
+
+def test_a_loss_that_looks_at_answers_is_refused_before_anything_is_sampled_for_it() -> None:
+    imitates = LossConfig(sft_weight=0.1)
+    compares = LossConfig(outcome="operator:eq", outcome_weight=0.1)
+    for loss in (imitates, compares, LossConfig()):
+        refuse_unanswered(loss, ["4", "5"])
+    refuse_unanswered(imitates, ["4", None])
+    refuse_unanswered(LossConfig(), [None])
+    with pytest.raises(ConfigError, match="outcome: a prompt has no reference answer"):
+        refuse_unanswered(compares, ["4", None])
+    with pytest.raises(ConfigError, match="sft_weight: no prompt has a reference answer"):
+        refuse_unanswered(imitates, [None, None])
+    nowhere = LossConfig(outcome="no_such_module:eq", outcome_weight=0.1)
+    with pytest.raises(ConfigError, match="'no_such_module' cannot be imported"):
+        refuse_unanswered(nowhere, ["4"])
 
 
 @pytest.mark.parametrize(

@@ -259,11 +259,22 @@ def test_the_kl_to_a_reference_is_refused_on_another_policys_rollouts(
 def test_an_outcome_is_refused_on_another_policys_rollouts_without_a_cap_on_the_ratio(
     base: dict[str, Any], tmp_path: Path, tiny_teacher: Path
 ) -> None:
-    imported(tmp_path, tiny_teacher)
-    options = {"outcome": "rewards:right", "outcome_weight": 0.1}
-    with pytest.raises(LossError, match="outcome without importance_cap needs tokens that the"):
+    imported(tmp_path, tiny_teacher, [row | {"answer": "4"} for row in ROWS])
+    options = {"outcome": "operator:eq", "outcome_weight": 0.1}
+    with pytest.raises(LossError, match=r"an outcome without .*set train.loss.importance_cap"):
         rollout(with_loss(base, "teacher_topk", **options), 0)
     rollout(with_loss(base, "overlap", **options, importance_cap=2.0), 0)
+
+
+@pytest.mark.parametrize(
+    "options", [{"sft_weight": 0.1}, {"outcome": "operator:eq", "outcome_weight": 0.1}]
+)
+def test_a_loss_that_looks_at_answers_is_refused_on_rollouts_without_any(
+    base: dict[str, Any], tmp_path: Path, tiny_student: Path, options: dict[str, Any]
+) -> None:
+    imported(tmp_path, tiny_student)
+    with pytest.raises(ConfigError, match=r"has (no|a) reference answer"):
+        rollout(with_loss(base, "teacher_topk", **options), 0)
 
 
 def test_a_cap_on_the_ratio_needs_the_log_probs_that_were_sampled_with(
@@ -271,7 +282,7 @@ def test_a_cap_on_the_ratio_needs_the_log_probs_that_were_sampled_with(
 ) -> None:
     bare = [{k: v for k, v in row.items() if k != "sampling_logprobs"} for row in ROWS]
     imported(tmp_path, tiny_student, bare)
-    options = {"outcome": "rewards:right", "outcome_weight": 0.1, "importance_cap": 2.0}
+    options = {"outcome": "operator:eq", "outcome_weight": 0.1, "importance_cap": 2.0}
     with pytest.raises(LossError, match=r"importance_cap needs sampling_logprobs.*leave it out"):
         rollout(with_loss(base, "teacher_topk", **options), 0)
 

@@ -15,6 +15,7 @@ from pydantic import JsonValue
 from .. import quality
 from ..errors import PromptError
 from ..identity import content_hash, derived_seed, digest, key_of, model_fingerprint
+from ..outcomes import refuse_unanswered
 from ..prompts import PromptSet, Request, Tokenizer, render, requests
 from ..resolve import load_tokenizer
 from ..run_prompts import RunPrompts
@@ -111,6 +112,9 @@ def _run(
             return
     plan = plan_round(context, round_index)
     tasks = plan.tasks
+    if RolloutRound in plan.parts:
+        asked = (r for task in plan.parts[RolloutRound].tasks for r in task.requests)
+        refuse_unanswered(context.config.train.loss, [r.rendered.prompt.answer for r in asked])
     context.cache.pin(context.resolved.run_id, "rollouts", tasks)
     missing = tuple(rollout_commit(k) for k in tasks if context.cache.rollouts(k) is None)
     first = stage_files(context.config, "rollout", round_index)[0]

@@ -4,10 +4,12 @@ import time
 from pathlib import Path
 
 from ..errors import ConfigError, InputsMissing, ObjectMissing, TokenizerMismatch
+from ..outcomes import refuse_unanswered
 from ..runfolder import RunContext, RunFolder
+from ..schemas.manifests import RolloutManifest
 from ..schemas.rounds import RolloutRound
 from ..served import refuse_unserved
-from ..store.cache import as_listed
+from ..store.cache import Cache, as_listed
 
 
 def take(context: RunContext, source: Path, round_index: int) -> RolloutRound:
@@ -20,6 +22,7 @@ def take(context: RunContext, source: Path, round_index: int) -> RolloutRound:
         InvalidShard: a shard is not the one that the other run pinned.
         TokenizerMismatch: its ids are not those of this run's student.
         LossError: the loss needs more than these rollouts have.
+        ConfigError: it looks at reference answers, which they lack.
     """
     started = time.monotonic()
     theirs = _theirs(context, source, round_index)
@@ -47,7 +50,18 @@ def take(context: RunContext, source: Path, round_index: int) -> RolloutRound:
         elapsed_s=round(time.monotonic() - started, 3),
     )
     refuse_unserved(context, taken)
+    loss = context.config.train.loss
+    if loss.outcome is not None or loss.sft_weight:
+        refuse_unanswered(loss, [a for key in keys for a in _answers(cache, found[key])])
     return taken
+
+
+def _answers(cache: Cache, manifest: RolloutManifest) -> list[str | None]:
+    table = cache.read_rollouts(manifest)
+    if "answer" not in table.column_names:
+        return [None] * table.num_rows
+    answers: list[str | None] = table.column("answer").to_pylist()
+    return answers
 
 
 def _theirs(context: RunContext, source: Path, round_index: int) -> RolloutRound:

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ..errors import ConfigError
 from ..schemas.losses import LossConfig
 from ..schemas.training import Layout
 from .dealing import cut, deal
@@ -35,11 +34,7 @@ class Answers:
         self._layout: Layout = "packed" if layout == "packed" else "padded"
 
     def of(self, samples: Sequence[int]) -> list[int]:
-        """Numbers of the answers of some samples' prompts, each once.
-
-        Raises:
-            ConfigError: no prompt of the round has an answer.
-        """
+        """Numbers of the answers of some samples' prompts, each once."""
         numbers = dict.fromkeys(self._samples.prompt(sample) for sample in samples)
         return [number for number in numbers if number in self._sequences]
 
@@ -92,9 +87,4 @@ class Answers:
             for number, (prompt, answer) in enumerate(self._samples.asked())
             if answer is not None
         }
-        if not found:
-            raise ConfigError(
-                "train.loss.sft_weight: no prompt of the round has a reference answer",
-                remedy="name the prompts' answers (prompts.source), or leave it out",
-            )
-        return found
+        return {number: (prompt, ids) for number, (prompt, ids) in found.items() if len(ids)}

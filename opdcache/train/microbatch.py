@@ -161,6 +161,8 @@ def shared(fed: Sequence[Fed]) -> Laid:
     rows: dict[bytes, list[int]] = {}
     for i, one in enumerate(fed):
         rows.setdefault(one.prompt.tobytes(), []).append(i)
+    if len(rows) == len(fed):
+        return padded(fed)  # nothing to tell apart, so that attention is the fastest there is
     width = max(
         len(fed[mine[0]].prompt) + sum(len(fed[i].completion) for i in mine)
         for mine in rows.values()

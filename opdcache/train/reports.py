@@ -51,6 +51,11 @@ class Report:
         if share.weight:
             self._losses.append((share, objective.losses_B))
 
+    @property
+    def imitates_finitely(self) -> bool:
+        """Whether the loss of the reference answers, where there are any, is finite."""
+        return self._answers is None or bool(self._answers.isfinite().all())
+
     def sum_over_ranks(self, sum_of: Callable[[Tensor], Tensor]) -> None:
         """Make the sums those of all ranks."""
         together = sum_of(torch.stack(list(self._sums.values())))

@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..outcomes import Outcome, advantages, rewards
 from ..quality import faults
 from ..schemas.columns import ScoreColumn
 from ..schemas.manifests import Quality
@@ -28,7 +29,6 @@ from ..store.cache import Cache
 from ..store.scores import Draws, Scores, TopK
 from .dealing import cut, deal
 from .microbatch import LAYOUTS, Fed, MicroBatch, alike
-from .outcomes import Outcome, advantages, rewards
 from .weights import TokenRule
 
 _SHARDS_IN_MEMORY = 32
@@ -136,9 +136,10 @@ class RoundSamples:
         return cut(self._rows(samples, max_tokens), self._length, max_tokens, self._layout)
 
     def dealt(self, samples: Sequence[int], num_ranks: int) -> list[list[int]]:
-        """Samples with tokens to supervise, to each rank about as many tokens to feed; samples that
-        share a prompt's row to the same one."""
-        return deal(self._rows(samples), self._length, num_ranks)
+        """Samples with tokens to supervise, to each rank about as many tokens to feed; those that
+        share a prompt's row to the same one, unless they are more than a rank's part."""
+        whole = sum(self._length(row) for row in self._rows(samples))
+        return deal(self._rows(samples, -(-whole // num_ranks)), self._length, num_ranks)
 
     def num_tokens(self, samples: Sequence[int]) -> int:
         """Supervised tokens of the samples."""
@@ -157,11 +158,13 @@ class RoundSamples:
         return self._sizes[sample].prompt
 
     def asked(self) -> list[tuple[NDArray[np.int32], str | None]]:
-        """Token ids and reference answer of every prompt, by its number."""
+        """Token ids and reference answer, the first there is, of every prompt, by its number."""
         found = dict[bytes, tuple[NDArray[np.int32], str | None]]()
         for ids, answer in self._texts("prompt_token_ids", "answer"):
             prompt = np.array(ids, np.int32)
-            found.setdefault(prompt.tobytes(), (prompt, answer))
+            known = found.setdefault(prompt.tobytes(), (prompt, answer))
+            if known[1] is None and answer is not None:
+                found[prompt.tobytes()] = prompt, answer
         return list(found.values())
 
     def reward(self, samples: Sequence[int]) -> float | None:

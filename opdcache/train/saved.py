@@ -17,6 +17,7 @@ class Position:
     Attributes:
         round: round in training.
         contents: digest of the shards that the round trains on.
+        first_update: updates of the run before the round, those that were left out among them.
         next_update: updates of the round that are done.
         num_updates: updates of the run that are done.
         num_samples, num_tokens: trained on in the round so far.
@@ -27,6 +28,7 @@ class Position:
 
     round: int
     contents: str
+    first_update: int = 0
     next_update: int = 0
     num_updates: int = 0
     num_samples: int = 0

@@ -13,6 +13,7 @@ import torch
 
 from ..errors import ConfigError, EngineError, Held, InputsMissing, Interrupted, RunChanged
 from ..identity import digest, model_fingerprint
+from ..outcomes import outcome_function
 from ..resolve import load_tokenizer, special_ids
 from ..runfolder import RunContext
 from ..schemas.losses import TokensConfig
@@ -26,7 +27,6 @@ from .loading import Loading, Share, Update
 from .metrics import MetricsLog, refuse_missing
 from .microbatch import MicroBatch
 from .objective import Objective
-from .outcomes import outcome_function
 from .reports import Report, below, is_spike
 from .samples import RoundSamples
 from .saved import Position, Saved
@@ -88,9 +88,10 @@ class _Training:
     def __init__(self, context: RunContext, round_index: int) -> None:
         config = context.config
         self._context, self._round, self._started = context, round_index, time.monotonic()
-        self._first = 0
         self._loss, self._train = config.train.loss, config.train
         refuse_missing(self._train.trackio)
+        skips, student = self._train.tokens.skip_special, context.student(round_index)
+        self._special = special_ids(student) if skips else ()
         rollouts, scores = _pinned(context, self._train.trained_rounds(round_index))
         self._contents = digest([shard.content for shard in rollouts.shards])
         self._samples = RoundSamples(
@@ -99,7 +100,7 @@ class _Training:
             scores,
             self._loss.k,
             config.score.mass,
-            self._rule(0),
+            TokenRule.of(self._train.tokens, round_index, 0, self._special),
             self._train.layout,
             self._loss.reference,
             outcome_function(self._loss.outcome) if self._loss.outcome else None,
@@ -116,8 +117,6 @@ class _Training:
             total_updates=self._total_updates(),
         )
         self._position = self._resume()
-        position = self._position
-        self._first = position.num_updates - (position.next_update - position.num_skipped)
         self._loading = Loading(
             self._samples_of,
             self._order,
@@ -138,13 +137,6 @@ class _Training:
         counts = (len(self._train.trained_rounds(r)) for r in range(self._context.config.rounds))
         return sum(math.ceil(mine * count / self._train.batch_samples) for count in counts)
 
-    def _rule(self, update: int) -> TokenRule:
-        """What counts in an update of the run."""
-        tokens, special = self._train.tokens, tuple[int, ...]()
-        if tokens.skip_special:
-            special = special_ids(self._context.student(self._round))
-        return TokenRule.of(tokens, self._round, update, special)
-
     def _answers(self) -> Answers:
         """What the student is to imitate, beside its own completions."""
         tokenizer = load_tokenizer(self._context.student(self._round))
@@ -157,7 +149,10 @@ class _Training:
 
     def _samples_of(self, index: int) -> RoundSamples:
         """The samples as an update of the round takes them."""
-        return self._samples.under(self._rule(self._first + index))
+        update = self._position.first_update + index
+        return self._samples.under(
+            TokenRule.of(self._train.tokens, self._round, update, self._special)
+        )
 
     @property
     def dropped(self) -> dict[str, int]:
@@ -235,10 +230,12 @@ class _Training:
                 remedy="restore it, or train that round again",
             )
         if found.round < self._round and self._train.fresh_optimizer:
-            return Position(self._round, self._contents, num_updates=found.num_updates)
+            done = found.num_updates
+            return Position(self._round, self._contents, done, num_updates=done)
         position = self.learner.load(checkpoints)
         if found.round < self._round:
-            return Position(self._round, self._contents, num_updates=position.num_updates)
+            first, done = position.first_update + position.next_update, position.num_updates
+            return Position(self._round, self._contents, first, num_updates=done)
         if position.contents != self._contents:
             raise RunChanged(
                 "the learner's state was saved while training on other shards of this round",
@@ -346,6 +343,8 @@ class _Training:
         worst = self.learner.gathered(worst)
         sample, report.worst_loss = worst[worst[:, 1].argmax()].tolist()
         report.worst_sample = self._samples.where(int(sample))
+        if not report.imitates_finitely:
+            report.worst_sample = "a reference answer of its prompts"
         return self.learner.step()
 
     def _look_at(self, values: dict[str, float], report: Report) -> None:

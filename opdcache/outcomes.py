@@ -1,4 +1,4 @@
-"""Rewards of whole completions, by a function of the user's."""
+"""Reference answers in the loss: rewards of whole completions, by a function of the user's."""
 
 import importlib
 import math
@@ -8,8 +8,10 @@ from collections.abc import Callable, Iterable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import ConfigError
+from .errors import ConfigError
+from .schemas.losses import LossConfig
 
+_ANSWERS = "name the prompts' answers (prompts.source), or leave it out"
 _PLACE = "train.loss.outcome"
 
 Outcome = Callable[[str, str], float]
@@ -24,15 +26,35 @@ def outcome_function(name: str) -> Outcome:
     """
     module, _, attribute = name.partition(":")
     try:
-        found: object = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
+        found: object = getattr(importlib.import_module(module), attribute, None)
+    except Exception as error:  # it is the user's code
         raise ConfigError(
-            f"{_PLACE}: {name!r} cannot be imported: {error}",
+            f"{_PLACE}: {module!r} cannot be imported: {type(error).__name__}: {error}",
             remedy="install the module, or put its folder into PYTHONPATH",
         ) from error
     if not callable(found):
-        raise ConfigError(f"{_PLACE}: {name!r} is no function")
+        raise ConfigError(f"{_PLACE}: {module!r} has no function {attribute!r}")
     return found
+
+
+def refuse_unanswered(loss: LossConfig, answers: Sequence[str | None]) -> None:
+    """Refuse a loss that looks at reference answers where there are none, or at an outcome that
+    cannot be had, before anything is made for it.
+
+    Args:
+        answers: of the round's prompts.
+
+    Raises:
+        ConfigError: as ``outcome_function``; or an answer is missing.
+    """
+    if loss.outcome is not None:
+        outcome_function(loss.outcome)
+        if None in answers:
+            raise ConfigError(f"{_PLACE}: a prompt has no reference answer", remedy=_ANSWERS)
+    if loss.sft_weight and not any(answer is not None for answer in answers):
+        raise ConfigError(
+            "train.loss.sft_weight: no prompt has a reference answer", remedy=_ANSWERS
+        )
 
 
 def rewards(
@@ -53,7 +75,7 @@ def rewards(
             raise ConfigError(
                 f"{_PLACE}: the prompt has no reference answer",
                 where=where(i),
-                remedy="name the prompts' answers (prompts.source), or leave the outcome out",
+                remedy=_ANSWERS,
             )
         try:
             reward = float(outcome(text, answer))
@@ -73,10 +95,18 @@ def advantages(rewards_N: NDArray[np.float64], prompts: Sequence[int]) -> NDArra
 
     Args:
         prompts: number of each completion's prompt.
+
+    Raises:
+        ConfigError: no prompt has two completions, so that all would be 0.
     """
     by_prompt = defaultdict[int, list[float]](list)
     for prompt, reward in zip(prompts, rewards_N.tolist(), strict=True):
         by_prompt[prompt].append(reward)
+    if len(by_prompt) == len(rewards_N):
+        raise ConfigError(
+            f"{_PLACE}: no prompt has two completions to compare",
+            remedy="raise rollout.samples_per_prompt, or leave it out",
+        )
     means = {prompt: float(np.mean(values)) for prompt, values in by_prompt.items()}
     baseline_N = np.array([means[prompt] for prompt in prompts])
     return np.asarray(rewards_N - baseline_N, np.float64)
