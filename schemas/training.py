@@ -134,6 +134,11 @@ class TrainConfig(Model):
         "if left out",
     )
     gradient_checkpointing: bool = Field(False, description="recompute activations")
+    compile: bool = Field(
+        False,
+        description="torch.compile the student's body, for any length of its sequences; a first "
+        "start takes minutes on a CPU",
+    )
     head_chunk_tokens: int = Field(
         512,
         ge=1,

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch._dynamo.utils import counters
 
 from opdcache.errors import EngineError, Interrupted
 from opdcache.runfolder import RunContext, RunFolder
@@ -72,6 +73,7 @@ def carry_out(job: dict[str, Any]) -> None:
         StopsItself(job["stop_after"] if job["stop_rank"] in (None, rank) else None),
         Worker(),
     )
+    compiled = counters["frames"]["ok"]
     try:
         with poisoned(set(job["poisoned"])):
             run(context, job["round"])
@@ -83,6 +85,7 @@ def carry_out(job: dict[str, Any]) -> None:
     else:
         assert job["stop_after"] is None
         assert job["fails"] is None
+    assert (counters["frames"]["ok"] > compiled) == config.train.compile
 
 
 @contextmanager

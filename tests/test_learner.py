@@ -20,6 +20,7 @@ from torch import Tensor
 from opdcache.runfolder import RunFolder
 from opdcache.schemas.config import RunConfig
 from opdcache.schemas.rounds import TrainRound
+from opdcache.schemas.training import Layout
 from opdcache.store import codec
 from opdcache.store.cache import Cache
 from opdcache.store.scores import Scores, TopK
@@ -153,6 +154,7 @@ def carry_out(
     *,
     ranks: int = 1,
     limit_s: float = 300,
+    on_cpu: bool = True,
 ) -> None:
     """Run jobs in one process, or in one a rank under torchrun."""
     listed = folder / f"{name}.json"
@@ -162,7 +164,9 @@ def carry_out(
     if ranks > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
-    environment |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    environment["OMP_NUM_THREADS"] = "1"
+    if on_cpu:
+        environment |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
         [*launcher, script, str(listed), str(limit_s)],
         env=environment,
@@ -359,6 +363,14 @@ SINGLE = {
     "tied-packed-tight": (
         "tied",
         {"zero_stage": 1, "micro_batch_tokens": TIGHT, "packing": True},
+    ),
+    "tied-compiled-tight": (
+        "tied",
+        {"zero_stage": 1, "micro_batch_tokens": TIGHT, "compile": True},
+    ),
+    "tied-compiled-zero3": (
+        "tied",
+        {"zero_stage": 3, "micro_batch_tokens": TIGHT, "compile": True},
     ),
     "shared-zero1-roomy": ("shared", {"share_prompts": True, "micro_batch_tokens": ROOMY}),
     "shared-zero3-tight": (
@@ -557,6 +569,28 @@ def test_completions_of_a_prompt_are_trained_on_together_on_two_ranks_as_on_one(
     trained: Trained,
 ) -> None:
     assert_same_weights(trained.weights(DOUBLE_SHARED), trained.plain["shared"], 0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("zero_stage", [0, 1, 3])
+@pytest.mark.parametrize("layout", [{}, {"packing": True}, {"share_prompts": True}], ids=str)
+def test_an_accelerator_makes_the_updates_of_a_plain_loop(
+    tmp_path: Path, tiny_student: Path, zero_stage: int, layout: dict[str, bool]
+) -> None:
+    assert torch.accelerator.is_available()
+    config = run_config("run", tmp_path, tiny_student, zero_stage=zero_stage, **layout)
+    write_rounds(config["cache"], [tmp_path / "run"])
+    carry_out(tmp_path, "only", [job(config)], on_cpu=False)
+    folder = RunFolder(tmp_path / "run")
+    laid: Layout = "shared" if "share_prompts" in layout else "padded"
+    samples = RoundSamples(Cache(config["cache"]), *_files(folder), K, layout=laid)
+    exact = plain_loop(tiny_student, [samples.order(5, 0, EPOCHS)]).rounds[0]
+    ours = weights(folder.student_path(1))
+    error, size = (
+        torch.cat([x.flatten() for x in made]).norm()
+        for made in ((ours[n] - exact[n] for n in exact), exact.values())
+    )
+    assert float(error / size) <= 1e-4
 
 
 @pytest.mark.parametrize("name", DOUBLE)

@@ -117,6 +117,8 @@ class Learner:
             add_adapters(model, config.lora, folder)
         if config.gradient_checkpointing:
             model.gradient_checkpointing_enable()  # type: ignore[operator]
+        if config.compile:
+            model.base_model.compile(dynamic=True)  # type: ignore[union-attr]
         student = Student(model, head, config.head_chunk_tokens).train()
         self._model = model
         optimizer = torch.optim.AdamW(
