@@ -398,6 +398,7 @@ OFFLOADED = {
     }
     for stage in (1, 2, 3)
 }
+DOUBLE_BF16 = {f"double-{name}": train for name, train in BF16.items()}
 BF16_OFFLOADED = {name.replace("bf16", "bf16-offloaded"): train for name, train in BF16.items()}
 DOUBLE_OFFLOADED = {f"double-{name}": train for name, train in OFFLOADED.items()}
 STOPPED = {
@@ -431,7 +432,7 @@ def trained(
     } | {
         name: run_config(name, base, students["tied"], **train)
         for name, train in {
-            **{**DOUBLE, **BF16, **STOPPED, **OFFLOADED, **DOUBLE_OFFLOADED},
+            **{**DOUBLE, **BF16, **DOUBLE_BF16, **STOPPED, **OFFLOADED, **DOUBLE_OFFLOADED},
             **{name: {**t, "offload_optimizer": True} for name, t in BF16_OFFLOADED.items()},
         }.items()
     }
@@ -464,9 +465,12 @@ def trained(
     carry_out(base, "first", [*whole, *(job(configs[name], stop_after=2) for name in STOPPED)])
     goes_on = [job(configs[name], 1) for name in SINGLE if name.endswith("tight")]
     goes_on += [job(configs["widened"], 1, stop_after=1), job(configs["widened"], 1)]
+    goes_on += [job(configs[name], 1) for name in BF16]
     carry_out(base, "second", [*goes_on, *(job(configs[name]) for name in STOPPED)])
     names = (*DOUBLE, *DOUBLE_OFFLOADED, "double-chosen", "double-mixed", DOUBLE_SHARED)
     double = [job(configs[name]) for name in names]
+    double += [job(configs[name], i) for name in DOUBLE_BF16 for i in range(ROUNDS)]
+    double += [job(configs[name], 1) for name in DOUBLE]
     carry_out(base, "double", double, ranks=2)
     config = RunConfig.model_validate_json(json.dumps(configs["tied-zero1-roomy"]))
     folder = RunFolder(base / "tied-zero1-roomy")
@@ -593,9 +597,23 @@ def test_an_accelerator_makes_the_updates_of_a_plain_loop(
     assert float(error / size) <= 1e-4
 
 
+@pytest.mark.parametrize("round_index", range(ROUNDS))
 @pytest.mark.parametrize("name", DOUBLE)
-def test_two_ranks_make_the_updates_of_one(trained: Trained, name: str) -> None:
-    assert_same_weights(trained.weights(name), trained.plain["tied"], 0)
+def test_two_ranks_make_the_updates_of_one(trained: Trained, name: str, round_index: int) -> None:
+    made = trained.weights(name, round_index + 1)
+    assert_same_weights(made, trained.plain["tied"], round_index)
+
+
+@pytest.mark.parametrize("name", BF16)
+def test_two_ranks_in_bf16_end_within_a_thousandth_of_one_after_both_rounds(
+    trained: Trained, name: str
+) -> None:
+    ours, theirs = (trained.weights(which, ROUNDS) for which in (f"double-{name}", name))
+    error, size = (
+        torch.cat([x.flatten() for x in made]).norm()
+        for made in ((ours[n] - theirs[n] for n in theirs), theirs.values())
+    )
+    assert float(error / size) <= 1e-3
 
 
 def test_the_updates_of_this_file_tell_a_token_mean_from_a_mean_of_means(trained: Trained) -> None:
@@ -614,7 +632,7 @@ def test_logged_loss_norm_and_learning_rate_are_those_of_the_plain_loop(
     plain = trained.plain[name.split("-")[0] if name in SINGLE else "tied"]
     logged = trained.metrics(name)
     seen = zip(logged, plain.losses, plain.norms, plain.lrs, strict=False)
-    assert len(logged) == 3 * (1 + (name in SINGLE and name.endswith("tight")))
+    assert len(logged) == 3 * (1 + (name in DOUBLE or name.endswith("tight")))
     assert [row["update"] for row in logged] == list(range(len(logged)))
     for row, loss, norm, lr in seen:
         assert row["loss"] == pytest.approx(loss, rel=1e-4)
