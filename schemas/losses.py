@@ -322,9 +322,8 @@ def tolerates_older(loss: LossConfig) -> bool:
     student, or a weight must say how far this one is from the policy that sampled."""
     if loss.reference_kl:
         return False
-    if weighs_samples(loss):
-        return loss.importance_cap is not None
-    return not cell(loss).needs_recorded_topk
+    weighed = not weighs_samples(loss) or loss.importance_cap is not None
+    return weighed and not cell(loss).needs_recorded_topk
 
 
 def is_local(loss: LossConfig) -> bool:

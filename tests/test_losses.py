@@ -809,7 +809,11 @@ def test_what_an_outcome_does_to_a_loss() -> None:
     capped = with_outcome.model_copy(update={"importance_cap": CAP})
     assert (is_local(plain), is_local(with_outcome)) == (True, False)
     assert (is_divergence(plain), is_divergence(with_outcome)) == (True, False)
-    assert [tolerates_older(loss) for loss in (plain, with_outcome, capped)] == [True, False, True]
+    recorded = config(("student_topk", "reverse", "renormalised")).model_copy(
+        update=OUTCOME | {"importance_cap": CAP}
+    )
+    losses = (plain, with_outcome, capped, recorded)
+    assert [tolerates_older(loss) for loss in losses] == [True, False, True, False]
 
 
 def test_a_gate_on_the_teachers_entropy_needs_the_entropy() -> None:
