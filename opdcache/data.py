@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from .errors import InputsMissing
 from .runfolder import RunFolder
 from .schemas.columns import ScoreColumn
-from .schemas.rounds import RolloutRound, RolloutShard, ScoreRound, ServedColumns
+from .schemas.rounds import RolloutShard, ScoreRound, ServedColumns
 from .store import rollouts as tables
 from .store.cache import Cache, ScoreSet
 from .store.scores import Scores
@@ -142,7 +142,7 @@ def of_run(run: Path | str, rounds: Iterable[int] | None = None) -> list[Scored]
     """
     folder, listed = RunFolder(Path(run)), list[Scored]()
     for index in _scored_rounds(folder) if rounds is None else rounds:
-        rollouts, scores = folder.need(RolloutRound, index), folder.need(ScoreRound, index)
+        rollouts, scores = folder.scored(index)
         listed += [
             Scored(shard, scored.teacher, scored.served)
             for shard, scored in zip(rollouts.shards, scores.shards, strict=True)

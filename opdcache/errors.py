@@ -26,7 +26,8 @@
         ├── Held              OPD404  exit 75  another process is at it
         ├── Unanswered        OPD405  exit 75  a served teacher does not answer
         ├── BudgetSpent       OPD406           the run may send no more teacher tokens
-        └── RankLost          OPD407  exit 75  another rank of the learner ended
+        ├── RankLost          OPD407  exit 75  another rank of the learner ended
+        └── ShardsFailed      OPD408           shards failed again and again
 
 Codes are append-only. A message is one line: where, what, expected and found, what to
 do next.
@@ -233,3 +234,9 @@ class RankLost(StageError):
 
     code = "OPD407"
     exit_code = 75
+
+
+class ShardsFailed(StageError):
+    """Shards failed again and again, more of them than the run lets pass."""
+
+    code = "OPD408"

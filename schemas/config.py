@@ -6,6 +6,7 @@ from pydantic import Field, JsonValue, model_validator
 
 from .base import Model
 from .columns import Compression, ScoreColumn
+from .launch import LaunchConfig
 from .losses import (
     cell,
     is_divergence,
@@ -215,6 +216,12 @@ class RunConfig(Model):
     seed: int = Field(0, description="seed of prompt order, sampling and sample order")
     rounds: int = Field(1, ge=1, description="policy rounds")
     cache: str = Field("cache", description="URL or folder of the shared cache")
+    max_failed_shards: int = Field(
+        0,
+        ge=0,
+        description="shards that may fail three times, in a stage of a round, and be left out; one "
+        "more stops the run",
+    )
     output: str | None = Field(
         None, description="folder of this run; next to the run file, named after it, by default"
     )
@@ -236,6 +243,7 @@ class RunConfig(Model):
     score: ScoreConfig = Field(ScoreConfig(), description="score stage")
     train: TrainConfig = Field(TrainConfig(), description="train stage")
     evaluation: EvaluationConfig | None = Field(None, description="held-out evaluation")
+    launch: LaunchConfig = Field(LaunchConfig(), description="how the work is spread")
 
     @model_validator(mode="after")
     def _held_out_prompts_come_from_somewhere(self) -> Self:

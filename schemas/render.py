@@ -16,6 +16,7 @@ from .rounds import (
     ScoreRound,
     TrainRound,
 )
+from .status import RunStatus
 
 DOCUMENTS: dict[str, type[Model]] = {
     "run": RunConfig,
@@ -29,6 +30,7 @@ DOCUMENTS: dict[str, type[Model]] = {
     "evaluation-round": EvaluationRound,
     "plan": Plan,
     "rates": Rates,
+    "status": RunStatus,
 }
 
 

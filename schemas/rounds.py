@@ -46,6 +46,9 @@ class StagePlan(Model):
     """``rounds/NNN/STAGE.plan.json``: what a stage set out to make, for ``status``."""
 
     num_shards: int = Field(description="shards of the stage")
+    keys: str = Field("", description="digest of the shards' keys, as the first worker made them")
+    inputs: str = Field("", description="digest of what they are made from")
+    version: str = Field("", description="of opdcache, of that worker")
     missing: tuple[str, ...] = Field(description="commits that were not there when it began")
 
 
@@ -66,6 +69,7 @@ class RolloutRound(Model):
     round: int = Field(description="index of the round")
     student: str = Field(description="fingerprint of the policy that sampled")
     shards: tuple[RolloutShard, ...] = Field(description="training shards, in plan order")
+    failed: dict[str, str] = Field({}, description="keys set aside, and the last error of each")
     dropped: dict[str, int] = Field(description="prompts left out, by reason")
     elapsed_s: float = Field(description="wall time of the worker that finished the stage")
 
@@ -103,6 +107,9 @@ class ScoreRound(Model):
     shards: tuple[ScoredShard, ...] = Field(description="in the order of the rollout shards")
     references: dict[str, tuple[ScoredShard, ...]] = Field(
         {}, description="the same of each reference, by its name"
+    )
+    failed: dict[str, str] = Field(
+        {}, description="contents that could not be scored, and the last error of each"
     )
     elapsed_s: float = Field(description="wall time of the worker that finished the stage")
 

@@ -22,7 +22,7 @@ from ..run_prompts import RunPrompts
 from ..runfolder import RunContext, stage_files
 from ..schemas.config import PromptsConfig
 from ..schemas.manifests import RolloutIdentity, RolloutManifest, Sampling
-from ..schemas.rounds import HeldOutRound, RolloutRound, RolloutShard, RoundFile, StagePlan
+from ..schemas.rounds import HeldOutRound, RolloutRound, RolloutShard, RoundFile
 from ..stage import give_up, interrupts, make_shards, provenance
 from ..store import rollouts as shards
 from ..store.cache import Attempt, as_listed, rollout_commit
@@ -118,7 +118,7 @@ def _run(
     context.cache.pin(context.resolved.run_id, "rollouts", tasks)
     missing = tuple(rollout_commit(k) for k in tasks if context.cache.rollouts(k) is None)
     first = stage_files(context.config, "rollout", round_index)[0]
-    context.folder.write_plan(first, round_index, StagePlan(num_shards=len(tasks), missing=missing))
+    context.folder.write_plan(first, round_index, tasks, missing, [plan.fingerprint])
     generator = _Generator(context, plan)
     context.progress.begin(f"round {round_index} rollout", len(tasks), "shards")
     try:
@@ -129,6 +129,9 @@ def _run(
                 tasks,
                 is_done=lambda task: context.cache.rollouts(task.key) is not None,
                 compute=generator.make,
+                prepare=lambda task: generator.start(),
+                renew=generator.close,
+                failures=context.folder.failures,
                 worker=context.worker,
                 progress=context.progress,
             )
@@ -136,17 +139,23 @@ def _run(
         context.progress.end()
         generator.close()
     found = context.cache.committed_rollouts(tasks)
+    failed = context.folder.failures.aside("rollouts", [key for key in tasks if key not in found])
+    elapsed_s = round(time.monotonic() - started, 3)
     for kind, part in plan.parts.items():
-        context.folder.write(
-            kind(
-                round=round_index,
-                student=plan.fingerprint,
-                shards=_listed(context, found, part.tasks),
-                dropped=part.dropped,
-                elapsed_s=round(time.monotonic() - started, 3),
-            ),
-            anew=before[kind] is not None,
+        missed = {task.key: failed[task.key] for task in part.tasks if task.key in failed}
+        # Students are compared on the same held-out prompts: none of those may be left out.
+        most = context.config.max_failed_shards if kind is RolloutRound else 0
+        context.folder.failures.refuse(missed, most, f"round {round_index} rollout")
+        said = {"failed": missed} if missed else {}
+        file = kind(
+            round=round_index,
+            student=plan.fingerprint,
+            shards=_listed(context, found, [t for t in part.tasks if t.key not in missed]),
+            dropped=part.dropped,
+            elapsed_s=elapsed_s,
+            **said,
         )
+        context.folder.write(file, anew=before[kind] is not None)
 
 
 def plan_round(context: RunContext, round_index: int) -> RolloutPlan:
@@ -282,7 +291,7 @@ class _Generator:
 
     def make(self, task: RolloutTask, attempt: Attempt) -> RolloutManifest:
         """Generate one shard into the attempt."""
-        sampler = self._start()
+        sampler = self.start()
         started = time.monotonic()
         draws = [
             Draw(request.rendered.token_ids, seed)
@@ -334,10 +343,12 @@ class _Generator:
 
     def close(self) -> None:
         """Stop the engine, if it was started."""
-        if self._sampler is not None:
-            self._sampler.close()
+        sampler, self._sampler = self._sampler, None
+        if sampler is not None:
+            sampler.close()
 
-    def _start(self) -> Sampler:
+    def start(self) -> Sampler:
+        """The engine, started when it is first needed."""
         if self._sampler is None:
             config = self._context.config
             self._context.progress.say(f"starting vLLM for {self._plan.student.name}")

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..runfolder import RunContext
-from ..schemas.rounds import RolloutRound, ScoredShard, ScoreRound
+from ..schemas.rounds import ScoredShard
 from ..store.scores import Scores, TopK, joined
 from ..store.upkeep import quarantining
 from .stage import ScoreTask, Teachers, plan_shards, read_sequences
@@ -56,8 +56,8 @@ def check(context: RunContext, round_index: int, num_samples: int) -> Noise:
     Raises:
         InputsMissing: the round is not scored.
     """
-    scored = context.folder.need(ScoreRound, round_index).shards
-    rollouts = context.folder.need(RolloutRound, round_index).shards
+    sampled, scores = context.folder.scored(round_index)
+    rollouts, scored = sampled.shards, scores.shards
     tasks = plan_shards(context, rollouts, round_index).teachers
     starts = np.cumsum([0, *(shard.num_rows for shard in rollouts)])
     chosen = np.random.default_rng().permutation(int(starts[-1]))[:num_samples]

@@ -17,7 +17,7 @@ from ..identity import digest, key_of, model_fingerprint
 from ..runfolder import RunContext
 from ..schemas.columns import ScoreColumn
 from ..schemas.manifests import ScoreIdentity, ScoreManifest, ScoreRequirement
-from ..schemas.rounds import RolloutRound, RolloutShard, ScoredShard, ScoreRound, StagePlan
+from ..schemas.rounds import RolloutRound, RolloutShard, ScoredShard, ScoreRound
 from ..schemas.teachers import STUDENT, TeacherConfig
 from ..stage import give_up, interrupts, make_shards, provenance
 from ..store import codec
@@ -119,9 +119,8 @@ def _run(context: RunContext, round_index: int, *, anew: bool) -> ScoreRound:
         for key, task in tasks.items()
         if found[key] is None
     )
-    context.folder.write_plan(
-        ScoreRound, round_index, StagePlan(num_shards=len(tasks), missing=missing)
-    )
+    contents = [shard.content for shard in sampled.shards]
+    context.folder.write_plan(ScoreRound, round_index, tasks, missing, contents)
     teachers = Teachers(context)
     context.progress.begin(f"round {round_index} score", len(tasks), "shards")
     try:
@@ -134,16 +133,30 @@ def _run(context: RunContext, round_index: int, *, anew: bool) -> ScoreRound:
                     context.cache.serve(task.rollout.content, task.need) is not None
                 ),
                 compute=_Scorer(context, teachers).make,
+                prepare=lambda task: teachers.of(task.model),
+                renew=teachers.close,
+                failures=context.folder.failures,
                 worker=context.worker,
                 progress=context.progress,
             )
     finally:
         context.progress.end()
         teachers.close()
-    references = {
-        name: tuple(_served(context, task) for task in of) for name, of in plan.references.items()
+    aside = context.folder.failures.aside("scores", tasks)
+    failed = {
+        task.rollout.content: aside[key]
+        for key, task in tasks.items()
+        if key in aside and context.cache.serve(task.rollout.content, task.need) is None
     }
-    listed = tuple(_served(context, task) for task in plan.teachers)
+    where = f"round {round_index} score"
+    context.folder.failures.refuse(failed, context.config.max_failed_shards, where)
+    references = {
+        name: tuple(_served(context, task) for task in of if task.rollout.content not in failed)
+        for name, of in plan.references.items()
+    }
+    listed = tuple(
+        _served(context, task) for task in plan.teachers if task.rollout.content not in failed
+    )
     every = (listed, *references.values())
     used = [served.key for scored in every for shard in scored for served in shard.served]
     context.cache.pin(context.resolved.run_id, "scores", used)
@@ -152,6 +165,7 @@ def _run(context: RunContext, round_index: int, *, anew: bool) -> ScoreRound:
             round=round_index,
             shards=listed,
             references=references,
+            failed=failed,
             elapsed_s=round(time.monotonic() - started, 3),
         ),
         anew=anew,
@@ -287,9 +301,9 @@ class Teachers:
 
     def close(self) -> None:
         """Give the loaded model's memory back."""
-        if self._teacher is not None:
-            self._teacher.close()
-        self._teacher = self._loaded = None
+        teacher, self._teacher, self._loaded = self._teacher, None, None
+        if teacher is not None:
+            teacher.close()
 
 
 class _Scorer:

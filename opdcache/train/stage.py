@@ -390,8 +390,8 @@ def _pinned(context: RunContext, rounds: Iterable[int]) -> tuple[RolloutRound, S
         InputsMissing: one of them is not scored.
         LossError: its rollouts cannot serve the loss.
     """
-    rollouts = [context.folder.need(RolloutRound, index) for index in rounds]
-    scores = [context.folder.need(ScoreRound, file.round) for file in rollouts]
+    scored = [context.folder.scored(index) for index in rounds]
+    rollouts, scores = [pair[0] for pair in scored], [pair[1] for pair in scored]
     for file in rollouts:
         refuse_unserved(context, file)
     return (
