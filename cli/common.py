@@ -76,4 +76,4 @@ def open_context(path: Path, worker: str = "0/1", step: "Step | None" = None) ->
             where=path,
             remedy=f"its rounds are 0 to {config.rounds - 1}",
         )
-    return open_run(config, make_progress(), parsed)
+    return open_run(config, make_progress(parsed), parsed)

@@ -11,17 +11,20 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as RichProgress
 
 if TYPE_CHECKING:
-    from ..stage import Progress
+    from ..stage import Progress, Worker
 
 _LINE_EVERY_S = 10.0
 
 
-def make_progress() -> "Progress":
-    """A bar when standard error is a terminal, lines when it is not; one rank of many speaks."""
+def make_progress(worker: "Worker | None" = None) -> "Progress":
+    """A bar when standard error is a terminal, lines when it is not, or when others may write there
+    too; one rank of many speaks."""
     if os.environ.get("RANK", "0") != "0":
         from ..stage import Silent
 
         return Silent()
+    if worker is not None and worker.count > 1:
+        return Lines(f"[{worker.index}/{worker.count}] ")
     return Bar() if sys.stderr.isatty() else Lines()
 
 
@@ -66,7 +69,14 @@ class Bar:
 
 
 class Lines:
-    """A line now and then."""
+    """A line now and then.
+
+    Args:
+        who: what a line begins with.
+    """
+
+    def __init__(self, who: str = "") -> None:
+        self._who = who
 
     def begin(self, title: str, total: int, unit: str) -> None:
         """Remember what is counted."""
@@ -92,7 +102,7 @@ class Lines:
 
     def say(self, text: str) -> None:
         """Print a line."""
-        click.echo(text, err=True)
+        click.echo(self._who + text, err=True)
 
     def end(self) -> None:
         """Nothing."""

@@ -16,5 +16,7 @@ def command(run_file: Path, round_index: int, worker: str) -> None:
 
     context = open_context(run_file, worker, step=Step(round_index, "rollout"))
     from ..rollout.stage import run
+    from ..workers import at_work
 
-    run(context, round_index)
+    with at_work(context, "rollout", round_index) as noted:
+        run(noted, round_index)

@@ -23,8 +23,10 @@ def command(run_file: Path, round_index: int, worker: str, num_checked: int | No
 
     context = open_context(run_file, worker, step=Step(round_index, "score"))
     from ..score.stage import run
+    from ..workers import at_work
 
-    run(context, round_index)
+    with at_work(context, "score", round_index) as noted:
+        run(noted, round_index)
     if num_checked is not None:
         from ..score.check import check
         from .tables import noise_lines

@@ -8,7 +8,6 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from ..rounds import StageStatus
 from ..schemas.rounds import EvaluationRound
 from ..store.upkeep import Listed
 
@@ -59,24 +58,6 @@ def cache_lines(rows: Sequence[Listed]) -> Iterator[str]:
             f"  {age:>9}  {runs}"
         )
     yield f"{len(rows):,} shards, {total:,} bytes"
-
-
-def status_table(rows: Sequence[StageStatus]) -> str:
-    """One line a stage of a round."""
-    table = Table(
-        "round", "stage", "state", "progress", "cached", "tokens", "seconds", box=box.SIMPLE
-    )
-    for row in rows:
-        table.add_row(
-            str(row.step.round),
-            row.step.stage,
-            row.state,
-            f"{row.done}/{row.total} {row.unit}" if row.total else "",
-            str(row.cached) if row.state == "done" and row.unit == "shards" else "",
-            f"{row.num_tokens:,}" if row.num_tokens else "",
-            f"{row.elapsed_s:.1f}" if row.elapsed_s is not None else "",
-        )
-    return as_text(table)
 
 
 def noise_lines(noise: "Noise") -> list[str]:

@@ -26,6 +26,7 @@ def command(
 
         context.exit(run_ranks(num_ranks, "train", str(run_file), "--round", str(round_index)))
     from ..train.stage import run
+    from ..workers import at_work
 
-    with lost_ranks():
-        run(run_context, round_index)
+    with at_work(run_context, "train", round_index) as noted, lost_ranks():
+        run(noted, round_index)

@@ -7,7 +7,9 @@ from pathlib import Path
 from .runfolder import RunFolder, stage_files
 from .schemas.config import RunConfig
 from .schemas.rounds import STAGES, HeldOutRound, RolloutRound, ScoreRound, Stage, TrainRound
+from .schemas.status import RunStatus, StageStatus
 from .store.cache import Cache
+from .workers import workers
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,29 +18,6 @@ class Step:
 
     round: int
     stage: Stage
-
-
-@dataclass(frozen=True, slots=True)
-class StageStatus:
-    """How far a stage of a round is.
-
-    Attributes:
-        state: done, under way, waiting, or "to redo": a shard of it was put aside.
-        unit: what is counted: shards, held-out ones included, or updates.
-        done, total: counts; total is 0 while it is not known.
-        cached: shards of a finished stage that another run had made.
-        num_tokens: completion tokens of a finished stage.
-        elapsed_s: seconds that the finishing worker spent.
-    """
-
-    step: Step
-    state: str
-    unit: str = "shards"
-    done: int = 0
-    total: int = 0
-    cached: int = 0
-    num_tokens: int = 0
-    elapsed_s: float | None = None
 
 
 def steps(config: RunConfig) -> Iterator[Step]:
@@ -53,54 +32,85 @@ def steps(config: RunConfig) -> Iterator[Step]:
         yield Step(config.rounds, "rollout")
 
 
-def status(config: RunConfig) -> list[StageStatus]:
-    """Every stage of a run, from its files and the cache's commits; loads no model."""
+def status(config: RunConfig) -> RunStatus:
+    """How far a run is, from its files and the cache's commits; loads no model."""
     assert config.output is not None
-    folder, cache = RunFolder(Path(config.output)), Cache(config.cache)
-    return [_status(folder, config, step, cache) for step in steps(config)]
+    folder, cache = RunFolder(Path(config.output), writes=False), Cache.there(config.cache)
+    resolved = folder.resolved()
+    return RunStatus(
+        run_id=None if resolved is None else resolved.run_id,
+        stages=tuple(_status(folder, config, step, cache) for step in steps(config)),
+        failures=tuple(folder.failures.every()),
+    )
 
 
 def _status(folder: RunFolder, config: RunConfig, step: Step, cache: Cache) -> StageStatus:
     files = [folder.find(kind, step.round) for kind in stage_files(config, step.stage, step.round)]
+    at_it = tuple(workers(folder, step.stage, step.round))
+    of = StageStatus(round=step.round, stage=step.stage, state="waiting", workers=at_it)
     if all(files) and not folder.is_done(config, step.stage, step.round, cache):
-        return StageStatus(step, "to redo")
+        return _with(of, state="to redo")
     match files:
         case [ScoreRound() as found]:
-            tokens = sum(s.num_tokens for s in folder.need(RolloutRound, step.round).shards)
-            cached = sum(s.cached for s in found.shards)
-            return _done(step, "shards", len(found.shards), cached, tokens, found.elapsed_s)
+            shards = folder.scored(step.round)[0].shards
+            tokens, cached = sum(s.num_tokens for s in shards), sum(s.cached for s in found.shards)
+            of = _with(of, num_tokens=tokens, cached=cached, failed=found.failed)
+            return _done(of, len(found.shards), found.elapsed_s)
         case [TrainRound() as trained]:
+            of = _with(of, unit="updates", num_tokens=trained.num_tokens)
             updates = -(-trained.num_samples // config.train.batch_samples)
-            return _done(step, "updates", updates, 0, trained.num_tokens, trained.elapsed_s)
+            return _done(of, updates, trained.elapsed_s)
     sampled = [file for file in files if isinstance(file, RolloutRound | HeldOutRound)]
     if len(sampled) < len(files):
-        return _unfinished(folder, config, step, cache)
-    shards = [shard for file in sampled for shard in file.shards]
-    cached, tokens = sum(s.cached for s in shards), sum(s.num_tokens for s in shards)
-    return _done(step, "shards", len(shards), cached, tokens, sampled[0].elapsed_s)
+        return _unfinished(folder, config, of, cache)
+    listed = [shard for file in sampled for shard in file.shards]
+    of = _with(
+        of,
+        cached=sum(s.cached for s in listed),
+        num_tokens=sum(s.num_tokens for s in listed),
+        failed=sampled[0].failed if isinstance(sampled[0], RolloutRound) else {},
+    )
+    return _done(of, len(listed), sampled[0].elapsed_s)
 
 
-def _done(
-    step: Step, unit: str, total: int, cached: int, num_tokens: int, elapsed_s: float
-) -> StageStatus:
-    return StageStatus(step, "done", unit, total, total, cached, num_tokens, elapsed_s)
+def _with(status: StageStatus, **changes: object) -> StageStatus:
+    return status.model_copy(update=changes)
 
 
-def _unfinished(folder: RunFolder, config: RunConfig, step: Step, cache: Cache) -> StageStatus:
-    if step.stage == "train":
-        logged = sum(1 for row in folder.metrics() if row["round"] == step.round)
+def _done(of: StageStatus, total: int, elapsed_s: float) -> StageStatus:
+    return _with(of, state="done", done=total, total=total, elapsed_s=elapsed_s)
+
+
+def _unfinished(folder: RunFolder, config: RunConfig, of: StageStatus, cache: Cache) -> StageStatus:
+    if of.stage == "train":
+        of = _with(of, unit="updates")
+        logged = sum(1 for row in folder.metrics() if row["round"] == of.round)
         if not logged:
-            return StageStatus(step, "waiting", "updates")
-        total = _num_updates(folder, config, step.round)
-        return StageStatus(step, "under way", "updates", logged, total)
-    plan = folder.find_plan(stage_files(config, step.stage, step.round)[0], step.round)
+            return of
+        total = _num_updates(folder, config, of.round)
+        return _under_way(of, logged, total)
+    plan = folder.find_plan(stage_files(config, of.stage, of.round)[0], of.round)
     if plan is None:
-        return StageStatus(step, "waiting")
+        return of
     missing = sum(1 for path in plan.missing if cache.objects.info(path) is None)
-    return StageStatus(step, "under way", "shards", plan.num_shards - missing, plan.num_shards)
+    return _under_way(of, plan.num_shards - missing, plan.num_shards)
+
+
+def _under_way(of: StageStatus, done: int, total: int) -> StageStatus:
+    """With the rates of the workers that run, their starts included."""
+    running = [worker for worker in of.workers if worker.state == "running"]
+    units_per_s = sum(w.num_units / max(w.elapsed_s, 1e-9) for w in running)
+    return _with(
+        of,
+        state="under way",
+        done=done,
+        total=total,
+        tokens_per_s=sum(w.tokens_per_s for w in running) if running else None,
+        left_s=(total - done) / units_per_s if units_per_s else None,
+    )
 
 
 def _num_updates(folder: RunFolder, config: RunConfig, round_index: int) -> int:
-    trained = (folder.need(RolloutRound, i) for i in config.train.trained_rounds(round_index))
+    trained = (folder.scored(i)[0] for i in config.train.trained_rounds(round_index))
     samples = sum(shard.num_rows for rollouts in trained for shard in rollouts.shards)
     return -(-samples * config.train.epochs // config.train.batch_samples)

@@ -188,15 +188,21 @@ def _uncompiled() -> AbstractContextManager[object]:
     return uncompiled
 
 
-def _start(arguments: dict[str, Any], place: str) -> "LLM":
+def import_vllm() -> None:
+    """Import vLLM, silently: seconds, which processes that are forked afterwards save."""
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    # vLLM looks at every attribute of torch, the deprecated ones too, when it is imported.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"vllm\.triton_utils")
+    import vllm.entrypoints.llm  # noqa: F401
+
+
+def _start(arguments: dict[str, Any], place: str) -> "LLM":
+    import_vllm()
     sizes = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size")
     if all(arguments.get(name, 1) == 1 for name in sizes):
         # One device: the engine runs in this process, which saves most of its start-up.
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    # vLLM looks at every attribute of torch, the deprecated ones too, when it is imported.
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"vllm\.triton_utils")
     from vllm import LLM
     from vllm.engine.arg_utils import EngineArgs
 

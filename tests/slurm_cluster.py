@@ -16,7 +16,8 @@ from pathlib import Path
 from tests.s3_server import free_ports
 
 START_S = 60
-NODES = ("n1", "n2")
+NODES = ("127.0.0.1", "127.0.0.2")  # names that resolve, for a job whose processes meet
+DEVICES = ("null", "zero", "full", "random")  # each stands for a GPU
 ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY"}
 PR_SET_CHILD_SUBREAPER = 36
 # A requeued job waits until its old credential expires: 5 s is the least that Slurm takes.
@@ -53,13 +54,14 @@ SlurmdParameters=config_overrides
 ReturnToService=2
 KillWait=2
 MinJobAge=3600
-NodeName={nodes} NodeHostname={host} NodeAddr=127.0.0.1 Port={node_ports} CPUs=8 RealMemory=64000
+GresTypes=gpu
+NodeName={nodes} Port={node_ports} CPUs=8 Gres=gpu:{gpus} RealMemory=64000
 PartitionName=test Nodes=ALL Default=YES MaxTime=60 State=UP
 """
 
 
 class SlurmCluster:
-    """A controller and nodes of 8 CPUs each; the controller can be killed and started again."""
+    """A controller, which can be killed and started again, and nodes of 8 CPUs and 4 GPUs."""
 
     def __init__(self, folder: Path) -> None:
         """`folder` is short, for it holds sockets: a link will do."""
@@ -83,27 +85,32 @@ class SlurmCluster:
             host=socket.gethostname().split(".")[0],
             user=pwd.getpwuid(os.getuid()).pw_name,
             controller_port=ports[0],
+            gpus=len(DEVICES),
             nodes=",".join(NODES),
             node_ports=",".join(ports[1:]),
         )
         (self._folder / "slurm.conf").write_text(conf)
+        (self._folder / "gres.conf").write_text(
+            "".join(f"Name=gpu File=/dev/{name}\n" for name in DEVICES)
+        )
         files = [
             f"--{name}-file={self._folder}/munge.{name}" for name in ("key", "log", "pid", "seed")
         ]
         # Forced, for it would have others able to enter the folder.
         self._spawn("munged", "-F", "-f", f"-S{self._folder}/munge.socket", *files)
-        _wait_until((self._folder / "munge.socket").exists, START_S)
+        _wait_until((self._folder / "munge.socket").exists, self._log)
         self._spawn("slurmctld", "-D")
         for node in NODES:
             self._spawn("slurmd", "-D", "-N", node, name=node)
-        _wait_until(self._is_idle, START_S)
+        _wait_until(self._is_idle, self._log)
 
     def run(self, *command: str | Path) -> str:
         """What a client command prints, without white space around it."""
         environment = os.environ | self.environment
-        return subprocess.run(
-            command, check=True, capture_output=True, text=True, env=environment
-        ).stdout.strip()
+        ended = subprocess.run(command, capture_output=True, text=True, env=environment)
+        if ended.returncode:
+            raise RuntimeError(f"{command}: {ended.stderr}")
+        return ended.stdout.strip()
 
     def states(self, *job_ids: str) -> dict[str, str]:
         """The state of each job, and of each task of an array as `JOB_TASK`."""
@@ -120,11 +127,11 @@ class SlurmCluster:
         found: dict[str, str] = {}
 
         def have_ended() -> bool:
-            with suppress(subprocess.CalledProcessError):  # the controller may be away
+            with suppress(RuntimeError):  # the controller may be away
                 found.update(self.states(*job_ids))
             return bool(found) and ENDED.issuperset(found.values())
 
-        _wait_until(have_ended, timeout_s, found)
+        _wait_until(have_ended, lambda: found, timeout_s)
         return found
 
     def restart_controller(self, signum: int = signal.SIGTERM) -> None:
@@ -132,7 +139,7 @@ class SlurmCluster:
         self._processes["slurmctld"].send_signal(signum)
         self._processes["slurmctld"].wait()
         self._spawn("slurmctld", "-D")
-        _wait_until(self._answers, START_S)
+        _wait_until(self._answers, self._log)
 
     def stop(self) -> None:
         """End every process of the cluster and of its jobs."""
@@ -157,8 +164,11 @@ class SlurmCluster:
                 preexec_fn=_adopt_orphans,
             )
 
+    def _log(self) -> str:
+        return "".join(path.read_text()[-1000:] for path in self._folder.glob("*.err"))
+
     def _answers(self) -> bool:
-        with suppress(subprocess.CalledProcessError):
+        with suppress(RuntimeError):
             return bool(self.run("scontrol", "ping"))
         return False
 
@@ -207,8 +217,10 @@ def _kill_below(pid: int) -> list[int]:
     return found
 
 
-def _wait_until(holds: Callable[[], bool], timeout_s: float, seen: object = "") -> None:
+def _wait_until(
+    holds: Callable[[], bool], says: Callable[[], object], timeout_s: float = START_S
+) -> None:
     deadline = time.monotonic() + timeout_s
     while not holds():
-        assert time.monotonic() < deadline, seen
+        assert time.monotonic() < deadline, says()
         time.sleep(0.1)
