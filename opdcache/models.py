@@ -1,5 +1,6 @@
 """Loading causal LMs in Hugging Face format, on whatever device torch finds."""
 
+import gc
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -42,3 +43,17 @@ def default_device() -> torch.device:
     """The accelerator that torch finds, or the CPU."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     return accelerator or torch.device("cpu")
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether memory ran out, on an accelerator or on the CPU, where torch has no class for it."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+
+
+def free_memory() -> None:
+    """Give an accelerator's cached memory back, so that other sizes fit into it."""
+    gc.collect()
+    if torch.accelerator.is_available():
+        torch.accelerator.empty_cache()

@@ -45,6 +45,7 @@ def load_teacher(context: RunContext, config: TeacherConfig) -> Teacher:
                 dtype=config.dtype,
                 batch_tokens=score.batch_tokens,
                 arguments=backend.arguments,
+                say=context.progress.say,
             )
 
 

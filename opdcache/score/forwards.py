@@ -41,11 +41,11 @@ class Forwards:
         body: gives hidden states of token ids.
         device: of its input.
         batch_tokens: padded tokens of one forward at most, with those that it continues from (one
-            sequence at least).
+            sequence at least); it may be lowered between forwards.
     """
 
     def __init__(self, body: nn.Module, device: torch.device, batch_tokens: int) -> None:
-        self._body, self._device, self._batch_tokens = body, device, batch_tokens
+        self._body, self._device, self.batch_tokens = body, device, batch_tokens
         self.continues = self._continues_exactly()
 
     @torch.no_grad()
@@ -53,11 +53,11 @@ class Forwards:
         """All completions, some at a time: their rows, and the hidden states that predict their
         tokens, one completion after the other, [T, D]."""
         lengths = sequences.lengths
-        alone = list(by_length(lengths, self._batch_tokens))
+        alone = list(by_length(lengths, self.batch_tokens))
         fewest = (1 - _MIN_GAIN) * _num_padded(lengths, alone)
         best: tuple[NDArray[np.int64], list[_Shared]] | None = None
         for shared_N in shared_beginnings(sequences) if self.continues and alone else ():
-            plan, num_tokens = _plan(sequences, shared_N, self._batch_tokens)
+            plan, num_tokens = _plan(sequences, shared_N, self.batch_tokens)
             if num_tokens < fewest:
                 best, fewest = (shared_N, plan), num_tokens
         if best is None:

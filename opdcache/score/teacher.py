@@ -53,6 +53,11 @@ class Sequences:
         """int64 [T], the completion tokens."""
         return np.concatenate([np.zeros(0, np.int64), *self.completions]).astype(np.int64)
 
+    def only(self, rows: Sequence[int]) -> "Sequences":
+        """Some of the completions, in this order."""
+        prompts, completions = ([of[r] for r in rows] for of in (self.prompts, self.completions))
+        return Sequences(prompts, completions, self.recorded_TS[self.places(rows)])
+
     def places(self, rows: Sequence[int]) -> NDArray[np.int64]:
         """Where some completions' tokens are on the token axis, one completion after the other."""
         offsets = self.offsets
