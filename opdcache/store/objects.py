@@ -8,12 +8,14 @@ meets errors of ``opdcache.errors`` only.
 import os
 import re
 import secrets
+import stat
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, TypeVar
 
 import obstore
@@ -33,11 +35,14 @@ from ..errors import ObjectMissing, StoreError, StoreFull, StoreUnavailable
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 _AT_ONCE = 16
+_UMASK = Lock()
+"""It is the process's, and is set by reading it."""
 
 # Signs of a fault in a store's message, none of which a path can hold by chance.
 _FULL = re.compile(r"\(os error (28|122)\)")
 _PASSING = re.compile(
-    r"error sending request|after \d+ retries|status code: (429|5\d\d)|\(os error (104|110|111)\)"
+    r"error sending request|after \d+ retries|status code: (429|5\d\d)"
+    r"|\(os error (104|110|111|116)\)"
 )
 # A job of hours outlives a store that is away for a minute.
 _PATIENCE: "RetryConfig" = {"max_retries": 30, "retry_timeout": timedelta(minutes=3)}
@@ -68,6 +73,7 @@ class ObjectStore:
         self._pid = os.getpid()
         self._threads = ThreadPoolExecutor(max_workers=_AT_ONCE)
         self._folder: Path | None = None
+        self._shared: int | None = None
         with _errors(url):
             if url.startswith("memory://"):
                 self._store: obstore.store.ObjectStore = MemoryStore()
@@ -78,6 +84,8 @@ class ObjectStore:
                 if self._folder.is_file():
                     raise StoreError("it is a file", where=url, remedy="give a folder or a URL")
                 self._store = LocalStore(self._folder, mkdir=True)
+                mode = stat.S_IMODE(self._folder.stat().st_mode)
+                self._shared = mode if mode & stat.S_IWGRP else None
 
     def each(self, do: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
         """What an operation on this store gives for every item, several at once."""
@@ -87,16 +95,35 @@ class ObjectStore:
     def put(self, path: str, data: bytes) -> None:
         """Write an object whole, replacing what is there."""
         with self._access(path):
+            self._share(path)
             obstore.put(self._store, path, data)
 
     def create(self, path: str, data: bytes) -> bool:
         """Write an object if there is none; False when there is one. Atomic on every store."""
         with self._access(path):
+            self._share(path)
             try:
                 obstore.put(self._store, path, data, mode="create")
             except AlreadyExistsError:
                 return False
         return True
+
+    def _share(self, path: str) -> None:
+        """Before a write: what is made in a folder that a group may write to is the group's too,
+        whatever the umask; and where nobody may delete what is another's there, nor below it."""
+        if self._shared is None or self._folder is None:
+            return
+        with _UMASK:
+            os.umask(os.umask(stat.S_IRWXO) & ~stat.S_IRWXG)
+        missing = []
+        for folder in (self._folder / path).parents:
+            if folder.exists():
+                break
+            missing.append(folder)
+        for folder in reversed(missing):
+            with suppress(FileExistsError):
+                folder.mkdir()
+                folder.chmod(self._shared)
 
     def get(self, path: str) -> bytes:
         """The whole object.
