@@ -105,6 +105,10 @@ class RunFolder:
                 )
             time.sleep(min(1.0, lease_s / 10))
 
+    def finished(self, work: str) -> None:
+        """Some work on this run is done: delete the claim of whoever was killed while at it."""
+        Claims(ObjectStore(str(self.path))).clear("run", [work], dead_only=True)
+
     @property
     def hashes(self) -> FileHashes:
         """Hashes of model files, remembered in this folder."""

@@ -140,6 +140,7 @@ def make_shards(
         if left and others == len(pending):
             time.sleep(poll_s)
         pending = left
+    cache.claims.clear(kind, tasks)
     return made
 
 

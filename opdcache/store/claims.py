@@ -14,8 +14,8 @@ import os
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -92,6 +92,22 @@ class Claims:
             beat.join()
             self.objects.delete(path)
 
+    def clear(self, kind: str, keys: Iterable[str], *, dead_only: bool = False) -> None:
+        """Delete the claims of keys whose work is done: of workers that were killed before they
+        could.
+
+        Args:
+            dead_only: only those whose holder is known to be gone, since the key may be claimed
+                for other work.
+        """
+        done = set(keys)
+        for claim in list(self.objects.list(f"claims/{kind}")):
+            if claim.path.rpartition("/")[2].rpartition(".")[0] not in done:
+                continue
+            with suppress(StoreError):
+                if not dead_only or self._is_dead(claim):
+                    self.objects.delete(claim.path)
+
     def _take(self, kind: str, key: str) -> str | None:
         base = f"claims/{kind}/{key}."
         listed = self.objects.list(f"claims/{kind}")
@@ -102,7 +118,8 @@ class Claims:
         if not self.objects.create(path, _body()):
             return None
         for dead in held:
-            self.objects.delete(dead.path)
+            with suppress(StoreError):  # another user's, where the folder lets nobody delete those
+                self.objects.delete(dead.path)
         return path
 
     def _is_dead(self, claim: ObjectInfo) -> bool:

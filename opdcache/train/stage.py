@@ -45,6 +45,7 @@ def run(context: RunContext, round_index: int) -> TrainRound:
     """
     done = context.folder.find(TrainRound, round_index)
     if done is not None:
+        context.folder.finished("training")
         context.progress.say(f"round {round_index} train: already done, nothing to do")
         return done
     is_first = os.environ.get("RANK", "0") == "0"
