@@ -321,7 +321,7 @@ def test_the_only_worker_keeps_the_order_of_the_plan() -> None:
     assert Worker().ordered(["c", "a", "b"]) == ["c", "a", "b"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_a_stop_signal_gives_the_shard_up_and_leaves_the_rest(
     tmp_path: Path, number: signal.Signals
 ) -> None:
