@@ -8,14 +8,16 @@ import ctypes
 import os
 import signal
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import import_module
 from multiprocessing import get_context
 from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 
 _PR_SET_PDEATHSIG = 1
+_TRIES, _PAUSE_S = 10, 0.5
 _WITH_VLLM = "OPDCACHE_PRELOAD_VLLM"
 
 
@@ -38,6 +40,13 @@ class Processes:
 
     def start(self, arguments: Sequence[str], environment: Mapping[str, str]) -> BaseProcess:
         """One command in a process of its own, which stops when this one is gone."""
+        for _ in range(_TRIES - 1):
+            with suppress(EOFError, ConnectionError):  # what forks was killed, and is ending
+                return self._start(arguments, environment)
+            time.sleep(_PAUSE_S)
+        return self._start(arguments, environment)
+
+    def _start(self, arguments: Sequence[str], environment: Mapping[str, str]) -> BaseProcess:
         process = self._context.Process(target=_run, args=(list(arguments), dict(environment)))
         with _variables(self._ahead):
             process.start()

@@ -27,7 +27,8 @@
         ├── Unanswered        OPD405  exit 75  a served teacher does not answer
         ├── BudgetSpent       OPD406           the run may send no more teacher tokens
         ├── RankLost          OPD407  exit 75  another rank of the learner ended
-        └── ShardsFailed      OPD408           shards failed again and again
+        ├── ShardsFailed      OPD408           shards failed again and again
+        └── LauncherError     OPD409           a scheduler refuses a job, or is not there
 
 Codes are append-only. A message is one line: where, what, expected and found, what to
 do next.
@@ -240,3 +241,9 @@ class ShardsFailed(StageError):
     """Shards failed again and again, more of them than the run lets pass."""
 
     code = "OPD408"
+
+
+class LauncherError(StageError):
+    """What was to launch jobs refuses one, or is not there."""
+
+    code = "OPD409"

@@ -161,6 +161,9 @@ def _absolute(config: RunConfig, path: Path) -> RunConfig:
         "prompts": config.prompts.model_copy(update={"source": source(config.prompts.source)}),
         "train": _with_deepspeed(config.train, path),
     }
+    if config.launch.templates is not None:
+        theirs = {"templates": local(config.launch.templates)}
+        update["launch"] = config.launch.model_copy(update=theirs)
     if config.rollouts is not None:
         taken = {"from_": local(config.rollouts.from_)}
         update["rollouts"] = config.rollouts.model_copy(update=taken)

@@ -59,6 +59,9 @@ class TrainLaunch(Resources):
 class SlurmLaunch(Model):
     """``opdcache submit slurm``."""
 
+    program: str | None = Field(
+        None, description="what runs opdcache in a job; by default this installation's Python"
+    )
     options: dict[str, str | int] = Field(
         {}, description="options of sbatch for every job, by long name: partition, account, qos…"
     )
@@ -80,6 +83,7 @@ class KubernetesLaunch(Model):
     """``opdcache submit kubernetes``."""
 
     image: str = Field(description="container image that has opdcache")
+    program: str = Field("opdcache", description="what runs opdcache in it")
     namespace: str = Field("default", description="of the jobs")
     claims: dict[str, str] = Field(
         {}, description="persistent volume claims, and where each is mounted in the containers"
@@ -89,7 +93,9 @@ class KubernetesLaunch(Model):
         (), description="secrets whose keys become environment variables, such as a store's"
     )
     warn_s: int = Field(180, ge=1, description="seconds between SIGTERM and SIGKILL")
-    max_retries: int = Field(20, ge=0, description="times that an index is tried again")
+    max_retries: int = Field(
+        200, ge=0, description="times that an index is tried again; waiting for inputs counts"
+    )
 
 
 class LaunchConfig(Model):

@@ -30,7 +30,12 @@ def store_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 @pytest.fixture(scope="session")
 def tiny_tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A byte-level tokenizer with a chat template: ids 0-255 are bytes, 256 ends, 257 pads."""
+    """A byte-level tokenizer's folder."""
+    return byte_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+def byte_tokenizer(folder: Path) -> Path:
+    """Save a byte-level tokenizer with a chat template: ids 0-255 are bytes, 256 ends, 257 pads."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -45,7 +50,6 @@ def tiny_tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "{% for m in messages %}{{ m['role'][0] }}:{{ m['content'] }}\n{% endfor %}"
         "{% if add_generation_prompt %}a:{% endif %}"
     )
-    folder = tmp_path_factory.mktemp("tokenizer")
     tokenizer.save_pretrained(folder)
     assert len(tokenizer) == TINY_VOCAB
     assert tokenizer.eos_token_id == EOS_ID

@@ -1,0 +1,23 @@
+#!/bin/bash
+# A rollout or score stage of one round: the tasks of the array share its shards. What stands
+# between @@{ and } is filled in by 'opdcache submit slurm'; @@@@ is one @@.
+#SBATCH --job-name=@{name}
+#SBATCH --array=0-@{last}
+#SBATCH --ntasks=1
+#SBATCH --output=@{logs}/@{name}-%a.log
+#SBATCH --open-mode=append
+#SBATCH --requeue
+#SBATCH --signal=USR1@@@{warn_s}
+@{options}
+
+@{setup}
+@{threads}
+srun --ntasks=1 @{command}
+code=$?
+
+# 75: the same command may succeed later; above 128: a signal ended it. Slurm itself requeues only
+# after a lost node or a preemption.
+if ((code == 75 || code > 128)) && ((${SLURM_RESTART_COUNT:-0} < @{max_requeues})); then
+    scontrol requeue "$SLURM_JOB_ID" && exit 0
+fi
+exit $code
