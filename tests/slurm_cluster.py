@@ -19,6 +19,7 @@ START_S = 60
 NODES = ("127.0.0.1", "127.0.0.2")  # names that resolve, for a job whose processes meet
 DEVICES = ("null", "zero", "full", "random")  # each stands for a GPU
 ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY"}
+UP = {"idle", "mixed", "allocated", "completing"}
 PR_SET_CHILD_SUBREAPER = 36
 # A requeued job waits until its old credential expires: 5 s is the least that Slurm takes.
 # Nodes offer what is said here, not what the machine has.
@@ -102,7 +103,7 @@ class SlurmCluster:
         self._spawn("slurmctld", "-D")
         for node in NODES:
             self._spawn("slurmd", "-D", "-N", node, name=node)
-        _wait_until(self._is_idle, self._log)
+        _wait_until(self._is_up, self._log)
 
     def run(self, *command: str | Path) -> str:
         """What a client command prints, without white space around it."""
@@ -135,11 +136,14 @@ class SlurmCluster:
         return found
 
     def restart_controller(self, signum: int = signal.SIGTERM) -> None:
-        """Stop it, and start it on the state that it saved: after SIGKILL, seconds ago."""
+        """Stop it, start it on the state that it saved, and wait until nodes take steps again.
+
+        After SIGKILL it has forgotten up to the last 5 s: a job may be lost, or run twice.
+        """
         self._processes["slurmctld"].send_signal(signum)
         self._processes["slurmctld"].wait()
         self._spawn("slurmctld", "-D")
-        _wait_until(self._answers, self._log)
+        _wait_until(self._is_up, self._log)
 
     def stop(self) -> None:
         """End every process of the cluster and of its jobs."""
@@ -167,13 +171,12 @@ class SlurmCluster:
     def _log(self) -> str:
         return "".join(path.read_text()[-1000:] for path in self._folder.glob("*.err"))
 
-    def _answers(self) -> bool:
+    def _is_up(self) -> bool:
         with suppress(RuntimeError):
-            return bool(self.run("scontrol", "ping"))
+            self.run("scontrol", "ping")  # does not wait for a controller, as `sinfo` does
+            states = self.run("sinfo", "-h", "-N", "-o", "%T").split()
+            return UP.issuperset(states)
         return False
-
-    def _is_idle(self) -> bool:
-        return self._answers() and set(self.run("sinfo", "-h", "-o", "%T").split()) == {"idle"}
 
 
 @contextmanager

@@ -40,6 +40,8 @@ _UMASK = Lock()
 
 # Signs of a fault in a store's message, none of which a path can hold by chance.
 _FULL = re.compile(r"\(os error (28|122)\)")
+_DENIED = re.compile(r"\(os error (1|13|30)\)")
+_ASK = "check the permissions"
 _PASSING = re.compile(
     r"error sending request|after \d+ retries|status code: (429|5\d\d)"
     r"|\(os error (104|110|111|116)\)"
@@ -243,7 +245,7 @@ def _errors(where: str) -> Iterator[None]:
     except FileNotFoundError as error:
         raise ObjectMissing("no such object", where=where) from error
     except (PermissionDeniedError, UnauthenticatedError, PermissionError) as error:
-        raise StoreError("not allowed", where=where, remedy="check the permissions") from error
+        raise StoreError("not allowed", where=where, remedy=_ASK) from error
     except AlreadyExistsError:
         raise
     except (BaseError, OSError, ValueError) as error:
@@ -252,6 +254,8 @@ def _errors(where: str) -> Iterator[None]:
             raise StoreFull(
                 "no space left", where=where, remedy="free some, then run the same command again"
             ) from error
+        if _DENIED.search(str(error)):
+            raise StoreError("not allowed", where=where, remedy=_ASK) from error
         if _PASSING.search(str(error)):
             raise StoreUnavailable(reason, where=where, remedy="try again") from error
         raise StoreError(reason, where=where) from error
