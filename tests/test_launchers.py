@@ -146,6 +146,7 @@ def test_a_script_runs_a_worker_and_requeues_what_may_succeed_later(
     variables = {
         "PATH": f"{bin_folder}:{os.environ['PATH']}",
         "SLURM_JOB_ID": "42",
+        "SLURM_ARRAY_JOB_ID": "40",
         "SLURM_ARRAY_TASK_ID": "2",
         "SLURM_CPUS_PER_TASK": "4",
         "SLURM_RESTART_COUNT": str(restarts),
@@ -157,7 +158,7 @@ def test_a_script_runs_a_worker_and_requeues_what_may_succeed_later(
     assert run == (f"4 --ntasks=1 opdcache rollout {folder}/run.yaml --round 1 --worker 2/3"), (
         done.stderr
     )
-    assert rest == (["scontrol requeue 42"] if requeues else [])
+    assert rest == (["scontrol requeue 40_2"] if requeues else [])
     assert done.returncode == (0 if requeues else code)
 
 

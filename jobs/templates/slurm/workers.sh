@@ -16,8 +16,8 @@ srun --ntasks=1 @{command}
 code=$?
 
 # 75: the same command may succeed later; above 128: a signal ended it. Slurm itself requeues only
-# after a lost node or a preemption.
+# after a lost node or a preemption. One task's SLURM_JOB_ID is that of the whole array.
 if ((code == 75 || code > 128)) && ((${SLURM_RESTART_COUNT:-0} < @{max_requeues})); then
-    scontrol requeue "$SLURM_JOB_ID" && exit 0
+    scontrol requeue "${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}" && exit 0
 fi
 exit $code
