@@ -57,6 +57,9 @@ class Bar:
         rate = self._tokens / max(time.monotonic() - self._began, 1e-9)
         self._bar.update(self._task, advance=units, tokens_per_s=rate)
 
+    def spent(self, on: str, seconds: float) -> None:
+        """Not shown."""
+
     def say(self, text: str) -> None:
         """Print above the bar."""
         self._console.print(text, highlight=False, markup=False)
@@ -99,6 +102,9 @@ class Lines:
             f"{rate if self._tokens else ''}"
             f"{f', {left:.0f} s left' if left else ''}"
         )
+
+    def spent(self, on: str, seconds: float) -> None:
+        """Not shown."""
 
     def say(self, text: str) -> None:
         """Print a line."""

@@ -14,7 +14,9 @@ class _Template(Template):
     """``@{name}`` alone is filled in, and ``@@`` is one @: shell and YAML keep their own signs."""
 
     delimiter = "@"
-    pattern = r"@(?:(?P<escaped>@)|\{(?P<braced>[a-z_]+)\}|(?P<named>(?!))|(?P<invalid>(?!)))"
+    pattern = (  # type: ignore[assignment]  # it is compiled when the class is made
+        r"@(?:(?P<escaped>@)|\{(?P<braced>[a-z_]+)\}|(?P<named>(?!))|(?P<invalid>(?!)))"
+    )
 
 
 def filled(launch: LaunchConfig, name: str, values: Mapping[str, object]) -> str:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from types import FrameType
-from typing import Protocol, TypeVar
+from typing import Literal, Protocol, TypeVar
 
 from pydantic import JsonValue
 
@@ -37,6 +37,9 @@ class Progress(Protocol):
     def advance(self, units: int, tokens: int) -> None:
         """Units done since the last call, and the tokens in them."""
 
+    def spent(self, on: Literal["start", "work"], seconds: float) -> None:
+        """Seconds that starting an engine took, or its work."""
+
     def say(self, text: str) -> None:
         """A line worth reading."""
 
@@ -51,6 +54,9 @@ class Silent:
         """Nothing."""
 
     def advance(self, units: int, tokens: int) -> None:
+        """Nothing."""
+
+    def spent(self, on: Literal["start", "work"], seconds: float) -> None:
         """Nothing."""
 
     def say(self, text: str) -> None:
@@ -124,9 +130,11 @@ def make_shards(
                 elif is_done(task):
                     progress.advance(1, 0)
                 else:
-                    prepare(task)
+                    with timed(progress, "start"):
+                        prepare(task)
                     try:
-                        made += _make(cache, key, task, compute, progress)
+                        with timed(progress, "work"):
+                            made += _make(cache, key, task, compute, progress)
                         in_a_row.clear()
                     except Exception as error:
                         if failures is None or not is_the_shards_own(error):
@@ -180,6 +188,16 @@ def _make(
     won = cache.commit(attempt, manifest)
     progress.advance(1, manifest.num_tokens)
     return won
+
+
+@contextmanager
+def timed(progress: Progress, on: Literal["start", "work"]) -> Iterator[None]:
+    """Tell how long the block takes."""
+    began = time.monotonic()
+    try:
+        yield
+    finally:
+        progress.spent(on, time.monotonic() - began)
 
 
 def provenance(

@@ -9,6 +9,7 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
+from typing import Literal
 
 from . import documents
 from .errors import Interrupted, InvalidShard, OpdcacheError
@@ -118,6 +119,13 @@ class _Noted:
             self.write()
         self._shown.advance(units, tokens)
 
+    def spent(self, on: Literal["start", "work"], seconds: float) -> None:
+        """See ``Progress``."""
+        name = f"{on}_s"
+        total = round(getattr(self._state, name) + seconds, 3)
+        self._state = self._state.model_copy(update={name: total})
+        self._shown.spent(on, seconds)
+
     def say(self, text: str) -> None:
         """See ``Progress``."""
         self._shown.say(text)
@@ -128,4 +136,4 @@ class _Noted:
 
 
 def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
+    return datetime.now(UTC).isoformat(timespec="milliseconds")

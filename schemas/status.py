@@ -37,6 +37,8 @@ class WorkerState(Model):
     began_at: str = Field(description="when it began, in UTC")
     said_at: str = Field(description="when it said this, in UTC")
     elapsed_s: float = Field(description="seconds since it began")
+    start_s: float = Field(0.0, description="seconds of these in which engines started")
+    work_s: float = Field(0.0, description="seconds of these in which units were made")
     num_units: int = Field(0, description="shards or updates that it made")
     num_tokens: int = Field(0, description="completion tokens in them")
     error: str | None = Field(None, description="last line of what stopped it")

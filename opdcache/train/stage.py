@@ -19,7 +19,7 @@ from ..runfolder import RunContext
 from ..schemas.losses import TokensConfig
 from ..schemas.rounds import RolloutRound, ScoreRound, TrainRound
 from ..served import refuse_unserved
-from ..stage import interrupts
+from ..stage import interrupts, timed
 from ..store.upkeep import quarantining
 from .answers import IMITATION, Answers
 from .learner import Learner
@@ -63,9 +63,10 @@ def run(context: RunContext, round_index: int) -> TrainRound:
 
 def _train(context: RunContext, round_index: int) -> None:
     training = _Training(context, round_index)
-    position = training.updates()
     learner, folder = training.learner, context.folder
-    learner.export(folder.student_path(round_index + 1))
+    with timed(context.progress, "work"):
+        position = training.updates()
+        learner.export(folder.student_path(round_index + 1))
     if learner.rank == 0:
         folder.write(
             TrainRound(
@@ -112,12 +113,13 @@ class _Training:
             context.progress.say(f"mean reward of the round's completions: {reward:.4g}")
         context.progress.say(f"starting DeepSpeed for {context.student(round_index).name}")
         goes_on = self._train.lora is not None and not self._train.fresh_optimizer
-        self.learner = Learner(
-            context.student(0 if goes_on else round_index),
-            self._train,
-            total_updates=self._total_updates(),
-        )
-        self._position = self._resume()
+        with timed(context.progress, "start"):
+            self.learner = Learner(
+                context.student(0 if goes_on else round_index),
+                self._train,
+                total_updates=self._total_updates(),
+            )
+            self._position = self._resume()
         self._loading = Loading(
             self._samples_of,
             self._order,

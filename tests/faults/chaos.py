@@ -175,7 +175,8 @@ def _kill_one(config: RunConfig, launcher: int, at_random: random.Random, summar
     tree = {pid: kind for pid in [launcher, *_below(launcher)] if (kind := _kind(pid))}
     if not tree:
         return False
-    victim = at_random.choice(sorted(tree))
+    workers = sorted(pid for pid, kind in tree.items() if kind == "worker")
+    victim = at_random.choice(workers if workers and at_random.random() < 0.7 else sorted(tree))
     with suppress(ProcessLookupError):
         os.kill(victim, signal.SIGSTOP)
         ended = {pid for pid in [victim, *_below(victim)] if tree.get(pid) == "worker"}
