@@ -14,7 +14,8 @@ dense teacher log-probs; ``usual``: the same with the head on every position and
 longest; ``ours``: this project's, with teacher top-k from a cache, reading and collating included.
 They take turns in one process; medians are told.
 
-Memory is the peak of resident memory above what was there before, in a process of its own that
+Memory is the peak above what was there before, of an accelerator's memory, or of resident memory
+without one, in a process of its own that
 computes the loss and its gradient alone, of hidden states [T, D] with random weights [V, D].
 """
 
@@ -36,6 +37,7 @@ import pyarrow as pa
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # it may be run as a script
 
 from benchmarks.score import Case, of_demo, prepared
+from opdcache.models import default_device
 from opdcache.runfolder import RunFolder
 from opdcache.schemas.losses import LossConfig, TokensConfig
 from opdcache.schemas.rounds import RolloutRound
@@ -113,11 +115,13 @@ class Dense:
         import torch
         from transformers import AutoModelForCausalLM
 
-        self._torch, self._data = torch, data
+        self._torch, self._data, self._device = torch, data, default_device()
         self.model = AutoModelForCausalLM.from_pretrained(student, dtype=getattr(torch, dtype))
+        self.model.to(self._device)
         self._optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-6, fused=True)
         self._longest = max(map(len, data.whole))
         scoring = AutoModelForCausalLM.from_pretrained(teacher, dtype=getattr(torch, dtype))
+        scoring.to(self._device)
         self.teacher_TV: list[Any] = []
         with torch.no_grad():
             for rows in data.batches:
@@ -134,8 +138,8 @@ class Dense:
             fed = data.whole[row][:-1]
             ids[i, : len(fed)] = torch.tensor(fed)
             places += [(i, t) for t in range(data.starts[row] - 1, len(fed))]
-        rows_T, columns_T = torch.tensor(places).T
-        return ids, (rows_T, columns_T)
+        rows_T, columns_T = torch.tensor(places, device=self._device).T
+        return ids.to(self._device), (rows_T, columns_T)
 
     def bare_body(self) -> None:
         """Forward and backward of the body."""
@@ -209,11 +213,15 @@ class Ours:
     def flat_gradient(self) -> Any:
         """All gradients in one vector, in the model's order; then none is left."""
         import torch
+        from deepspeed.utils import safe_get_full_grad
 
-        model = self._learner._model
-        grads = [p.grad for p in model.parameters() if p.grad is not None]
-        flat = torch.cat([grad.flatten().float() for grad in grads])
-        for parameter in model.parameters():
+        weights, zero = list(self._learner._model.parameters()), self._learner._config.zero_stage
+        # ZeRO adds micro-batches up in float32 elsewhere, and leaves the last one's in ``grad``.
+        grads = [safe_get_full_grad(p) if zero else p.grad for p in weights]
+        flat = torch.cat([grad.flatten().float() for grad in grads if grad is not None])
+        if zero:
+            self._learner._engine.optimizer.clear_hp_grads()
+        for parameter in weights:
             parameter.grad = None
         return flat
 
@@ -247,6 +255,8 @@ def rates(case: Case, student: Path, asked: argparse.Namespace) -> dict[str, Any
             for name, measure in measures:
                 ours.waited_s, began = 0.0, time.perf_counter()
                 measure()
+                if torch.accelerator.is_available():
+                    torch.accelerator.synchronize()
                 turns.setdefault(name, []).append(time.perf_counter() - began)
                 if name.startswith("ours_"):
                     waited[name.removeprefix("ours_")] += ours.waited_s
@@ -270,16 +280,23 @@ def memory(what: str, num_tokens: int, vocab_size: int, k: int, chunk: int) -> d
     from opdcache.heads import StudentView, support_loss
 
     made = torch.Generator().manual_seed(0)
-    hidden_TD = torch.randn(num_tokens, WIDTH, generator=made).requires_grad_()
-    weight_VD = torch.randn(vocab_size, WIDTH, generator=made).requires_grad_()
-    ids_TK = torch.randint(vocab_size, (num_tokens, k), generator=made)
+    device = default_device()
+    hidden_TD = torch.randn(num_tokens, WIDTH, generator=made).to(device).requires_grad_()
+    weight_VD = torch.randn(vocab_size, WIDTH, generator=made).to(device).requires_grad_()
+    ids_TK = torch.randint(vocab_size, (num_tokens, k), generator=made).to(device)
     within_TK = torch.ones_like(ids_TK, dtype=torch.bool)
-    teacher_TV = torch.zeros(num_tokens, vocab_size) if what == "dense" else None
+    teacher_TV = None
+    if what == "dense":
+        teacher_TV = torch.zeros(num_tokens, vocab_size, device=device)
     # What a backward pass leaves behind, and the results, are there before.
     hidden_TD.grad, weight_VD.grad = torch.ones_like(hidden_TD), torch.ones_like(weight_VD)
-    held = [torch.ones(num_tokens, k) for _ in range(4)]
-    Path("/proc/self/clear_refs").write_text("5")
-    before = resident("VmRSS")
+    held = [torch.ones(num_tokens, k, device=device) for _ in range(4)]
+    on_cpu = device.type == "cpu"
+    if on_cpu:
+        Path("/proc/self/clear_refs").write_text("5")
+    else:
+        torch.accelerator.reset_peak_memory_stats()
+    before = resident("VmRSS") if on_cpu else torch.accelerator.memory_allocated()
     if teacher_TV is not None:
         log_p = torch.log_softmax(hidden_TD @ weight_VD.T, dim=1)
         loss = (log_p.exp() * (log_p - teacher_TV)).sum()
@@ -292,7 +309,8 @@ def memory(what: str, num_tokens: int, vocab_size: int, k: int, chunk: int) -> d
         loss = support_loss(*sides, some_loss, within_TK=within_TK, chunk_tokens=chunk)
     loss.backward()  # type: ignore[no-untyped-call]
     del held
-    return {"peak_bytes": resident("VmHWM") - before}
+    peak = resident("VmHWM") if on_cpu else torch.accelerator.max_memory_allocated()
+    return {"peak_bytes": peak - before}
 
 
 def resident(name: str) -> int:

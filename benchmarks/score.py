@@ -186,9 +186,13 @@ class Bare:
 
     def hidden_s(self) -> float:
         """Seconds of all forwards to hidden states."""
+        import torch
+
         started = time.perf_counter()
         for _ in self._hidden():
             pass
+        if torch.accelerator.is_available():
+            torch.accelerator.synchronize()
         return time.perf_counter() - started
 
     def topk_s(self) -> float:
