@@ -9,14 +9,14 @@ from string import Template
 from ..errors import ConfigError
 from ..schemas.launch import LaunchConfig
 
+_NAMES = r"@(?:(?P<escaped>@)|\{(?P<braced>[a-z_]+)\}|(?P<named>(?!))|(?P<invalid>(?!)))"
+
 
 class _Template(Template):
     """``@{name}`` alone is filled in, and ``@@`` is one @: shell and YAML keep their own signs."""
 
     delimiter = "@"
-    pattern = (  # type: ignore[assignment]  # it is compiled when the class is made
-        r"@(?:(?P<escaped>@)|\{(?P<braced>[a-z_]+)\}|(?P<named>(?!))|(?P<invalid>(?!)))"
-    )
+    pattern = _NAMES  # type: ignore[assignment]  # it is compiled when the class is made
 
 
 def filled(launch: LaunchConfig, name: str, values: Mapping[str, object]) -> str:

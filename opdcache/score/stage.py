@@ -111,7 +111,9 @@ def _run(context: RunContext, round_index: int, *, anew: bool) -> ScoreRound:
     _refuse_another_policy(context, sampled)
     plan = plan_shards(context, sampled.shards, round_index)
     tasks = plan.tasks
-    found = {key: context.cache.serve(t.rollout.content, t.need) for key, t in tasks.items()}
+    cache = context.cache
+    served = cache.objects.each(lambda t: cache.serve(t.rollout.content, t.need), tasks.values())
+    found = dict(zip(tasks, served, strict=True))
     serving = [manifest.key for sets in found.values() for manifest, _ in sets or ()]
     context.cache.pin(context.resolved.run_id, "scores", [*tasks, *serving])
     missing = tuple(

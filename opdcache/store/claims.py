@@ -74,6 +74,7 @@ class Claims:
     lease_s: float = 60.0
     clock: Callable[[], float] = time.monotonic
     _seen: dict[str, tuple[str | None, float]] = field(default_factory=dict)
+    _holders: dict[str, ClaimedProcess] = field(default_factory=dict)
 
     @contextmanager
     def hold(self, kind: str, key: str) -> Iterator[bool]:
@@ -102,19 +103,26 @@ class Claims:
         """
         done = set(keys)
         for claim in list(self.objects.list(f"claims/{kind}")):
-            if claim.path.rpartition("/")[2].rpartition(".")[0] not in done:
+            if _key(claim) not in done:
                 continue
             with suppress(StoreError):
                 if not dead_only or self._is_dead(claim):
                     self.objects.delete(claim.path)
 
+    def held(self, kind: str) -> set[str]:
+        """Keys of the claims that are not known to be dead, from one listing."""
+        by_key: dict[str, list[ObjectInfo]] = {}
+        for claim in self.objects.list(f"claims/{kind}"):
+            by_key.setdefault(_key(claim), []).append(claim)
+        newest = {key: max(claims, key=_generation) for key, claims in by_key.items()}
+        return {key for key, claim in newest.items() if not self._is_dead(claim)}
+
     def _take(self, kind: str, key: str) -> str | None:
-        base = f"claims/{kind}/{key}."
         listed = self.objects.list(f"claims/{kind}")
-        held = sorted((o for o in listed if o.path.startswith(base)), key=_generation)
+        held = sorted((o for o in listed if _key(o) == key), key=_generation)
         if held and not self._is_dead(held[-1]):
             return None
-        path = f"{base}{_generation(held[-1]) + 1 if held else 0}"
+        path = f"claims/{kind}/{key}.{_generation(held[-1]) + 1 if held else 0}"
         if not self.objects.create(path, _body()):
             return None
         for dead in held:
@@ -131,8 +139,10 @@ class Claims:
         if now - since >= self.lease_s:
             return True
         try:
-            holder = json.loads(self.objects.get(claim.path))["process"]
-            return ClaimedProcess(**holder).is_gone()
+            if claim.path not in self._holders:
+                holder = json.loads(self.objects.get(claim.path))["process"]
+                self._holders[claim.path] = ClaimedProcess(**holder)
+            return self._holders[claim.path].is_gone()
         except (ObjectMissing, ValueError, KeyError, TypeError):
             return False
 
@@ -142,6 +152,10 @@ class Claims:
                 self.objects.put(path, _body())
             except StoreError:
                 continue  # the lease outlasts a few lost beats; the commit decides in any case
+
+
+def _key(claim: ObjectInfo) -> str:
+    return claim.path.rpartition("/")[2].rpartition(".")[0]
 
 
 def _generation(claim: ObjectInfo) -> int:
