@@ -9,6 +9,13 @@ import pytest
 from opdcache.cli.main import cli
 from opdcache.schemas.columns import ROLLOUT_COLUMNS, SCORE_ARRAYS
 from opdcache.schemas.config import RunConfig
+from opdcache.schemas.launch import (
+    KubernetesLaunch,
+    LaunchConfig,
+    SlurmLaunch,
+    TrainLaunch,
+    WorkersLaunch,
+)
 from opdcache.schemas.losses import CELLS, LossConfig, TokensConfig
 
 ROOT = Path(__file__).parent.parent
@@ -44,6 +51,12 @@ def test_every_stored_column_is_in_the_format() -> None:
 def test_every_part_of_a_run_file_is_in_the_docs() -> None:
     parts = [name for name in RunConfig.model_fields if f"`{name}`" not in text("docs/running.md")]
     assert not set(parts) - {"student"}  # shown in the example
+
+
+def test_every_key_of_a_launch_is_in_the_docs() -> None:
+    kinds = (LaunchConfig, WorkersLaunch, TrainLaunch, SlurmLaunch, KubernetesLaunch)
+    names = {name for kind in kinds for name in kind.model_fields}
+    assert {name for name in names if f"`{name}`" not in text("docs/clusters.md")} == set()
 
 
 def test_every_choice_of_a_loss_is_in_the_docs() -> None:

@@ -266,7 +266,7 @@ for name in cli.commands:
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
 
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.count("Usage: ") == 9
+    assert done.stdout.count("Usage: ") == 10
 
 
 def test_status_needs_no_engine(run_yaml: Path) -> None:

@@ -440,6 +440,17 @@ def test_files_that_a_killed_writer_left_are_swept(tmp_path: Path) -> None:
     assert cache.read_rollouts(rollout).num_rows == 2
 
 
+def test_a_claim_that_nobody_keeps_up_is_cleaned_up_and_a_live_one_is_not(cache: Cache) -> None:
+    filled(cache, "one")
+    cache.objects.put("claims/rollouts/abc.3", b"{}")
+    assert "abc" not in str(garbage(cache, grace=NO_GRACE))  # it may be beating
+    cache.claims.lease_s = -5
+    found = [item for item in garbage(cache, grace=NO_GRACE) if "claim" in item.reason]
+    assert reasons(found) == ["a claim of a worker that is gone"]
+    collect(cache, found)
+    assert list(cache.objects.list("claims")) == []
+
+
 def test_a_copy_has_every_shard_and_a_second_one_does_nothing(cache: Cache, tmp_path: Path) -> None:
     one, _ = filled(cache, "one", "two")
     cache.pin("run", "rollouts", [one.key])

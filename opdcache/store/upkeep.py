@@ -241,6 +241,12 @@ def garbage(cache: Cache, *, grace: timedelta = timedelta(hours=24)) -> list[Gar
         for left in cache.objects.leftovers(prefix)
         if left.last_modified < now - grace
     ]
+    kept_up = now - max(grace, timedelta(seconds=4 * cache.claims.lease_s))
+    found += [
+        _garbage("a claim of a worker that is gone", "", None, [(info.path, info.size_bytes)])
+        for info in cache.objects.list("claims")
+        if info.last_modified < kept_up
+    ]
     return found
 
 
