@@ -206,6 +206,30 @@ def test_a_machine_without_slurm_and_a_job_that_slurm_refuses_are_one_line(
     assert str(caught.value).endswith("what is submitted already: scancel 17")
 
 
+def test_every_job_waits_for_the_end_of_the_one_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, jobs = run_of(tmp_path)
+    log = tmp_path / "log"
+    (tmp_path / "sbatch").write_text(
+        f'#!/bin/sh\necho "$*" >> {log}\nwc -l < {log} | sed "s/^ */10/"\n'
+    )
+    (tmp_path / "sbatch").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert Slurm(config).launch(jobs) == 0
+    asked = [line.split() for line in log.read_text().splitlines()]
+    assert [words[:-1] for words in asked] == [
+        ["--parsable", *([f"--dependency=afterany:10{number}"] if number else [])]
+        for number in range(len(jobs))
+    ]
+    scripts = [Path(words[-1]) for words in asked]
+    assert [path.stem for path in scripts] == [job.name for job in jobs]
+    assert [path.read_text() for path in scripts] == [Slurm(config).script(job) for job in jobs]
+    rows = re.findall(r"^ +(10\d) +(\d) +(\w+) +(\d+) +(10\d)?", capsys.readouterr().out, re.M)
+    assert [row[4] for row in rows] == ["", *(row[0] for row in rows[:-1])]
+    assert [row[3] for row in rows] == ["3", "2", "16"] * 2
+
+
 def test_a_dry_run_prints_scripts_and_leaves_nothing(tmp_path: Path) -> None:
     path = run_file(tmp_path, {"rounds": 2, "launch": LAUNCH})
     done = CliRunner().invoke(cli, ["submit", "slurm", str(path), "--dry-run", "--rounds", "1"])

@@ -245,6 +245,34 @@ def test_shards_made_before_a_failure_stay(tmp_path: Path) -> None:
     assert make(cache, NAMES) == 18
 
 
+def test_claims_that_killed_workers_left_on_finished_shards_are_deleted(tmp_path: Path) -> None:
+    cache = Cache(str(tmp_path))
+    (key, *_) = tasks(NAMES)
+    commit_rollouts(cache, "shard 0")
+    cache.objects.put(f"claims/rollouts/{key}.0", b"{}")
+    cache.objects.put("claims/rollouts/of-another-run.0", b"{}")
+    assert make(cache, NAMES) == 19
+    assert below(cache, "claims") == ["claims/rollouts/of-another-run.0"]
+
+
+def test_a_waiting_worker_asks_less_and_less_often(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine, theirs = Cache(str(tmp_path)), Cache(str(tmp_path))
+    (key,) = tasks(NAMES[:1])
+    slept: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        slept.append(round(seconds, 3))
+        if len(slept) == 6:
+            commit_rollouts(theirs, "shard 0")
+
+    monkeypatch.setattr("opdcache.stage.time.sleep", sleep)
+    with theirs.claims.hold("rollouts", key):
+        assert make(mine, NAMES[:1]) == 0
+    assert slept == [0.01, 0.02, 0.04, 0.08, 0.08, 0.08]
+
+
 def test_a_worker_waits_for_a_shard_that_another_holds(tmp_path: Path) -> None:
     mine, theirs = Cache(str(tmp_path)), Cache(str(tmp_path))
     (key,) = tasks(NAMES[:1])
