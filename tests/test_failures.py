@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from opdcache.errors import EngineError, RunChanged, ShardsFailed, StageError, StoreUnavailable
 from opdcache.failures import TRIES, Failures
@@ -247,6 +248,40 @@ def test_out_of_memory_halves_the_batch_and_changes_no_score(
         assert ours.draws is not None
         assert theirs.draws is not None
         np.testing.assert_array_equal(ours.draws.ids, theirs.draws.ids)
+
+
+@pytest.mark.parametrize("fails_at", [2, 3])
+def test_what_was_scored_before_memory_ran_out_is_not_scored_again(
+    tiny_teacher: Path, fails_at: int, one_thread: None
+) -> None:
+    from opdcache.score.teacher import Ask, in_order
+
+    sequences = CASES["a prompt of one token: nothing to share"]
+    uniforms = np.random.default_rng(1).random((int(sequences.offsets[-1]), 3))
+    ask = Ask(frozenset({"topk", "draws"}), k=4, mass=1.0, num_ids=258, uniforms_TN=uniforms)
+    whole, tight = (
+        TransformersScorer(tiny_teacher, dtype="float32", batch_tokens=128) for _ in range(2)
+    )
+    body, calls = tight._forwards._body, list[int]()
+
+    def once(**given: Any) -> Any:
+        calls.append(len(given["input_ids"]))
+        if len(calls) == fails_at:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return body(**given)
+
+    tight._forwards._body = once  # type: ignore[assignment]
+    batches = list(tight.score(sequences, ask))
+    rows = [row for batch in batches for row in batch.rows]
+    assert sorted(rows) == list(range(len(sequences.completions)))
+    assert tight.details()["batch_tokens"] == 64
+    ours, theirs = in_order(batches), in_order(whole.score(sequences, ask))
+    assert ours.topk is not None
+    assert theirs.topk is not None
+    np.testing.assert_allclose(ours.topk.logprobs, theirs.topk.logprobs, atol=1e-5)
+    assert ours.draws is not None
+    assert theirs.draws is not None
+    np.testing.assert_array_equal(ours.draws.ids, theirs.draws.ids)
 
 
 def test_memory_that_is_too_small_for_one_sequence_is_an_error(

@@ -124,7 +124,7 @@ def disturb(
     """
     config, began = load_run(path), time.monotonic()
     launcher, made = _start(path), 0
-    following = began + at_random.uniform(0, 2 * lasts_s / A_RUN)
+    following, wanted = _next(began, lasts_s, at_random)
     while True:
         meanwhile(time.monotonic() - began)
         if launcher.poll() is not None:
@@ -132,9 +132,10 @@ def disturb(
                 break
             assert launcher.returncode in (-signal.SIGKILL, 75), launcher.returncode
             launcher = _start(path)
-        if made < kills and time.monotonic() >= following:
-            made += _kill_one(config, launcher.pid, at_random, summary)
-            following = time.monotonic() + at_random.uniform(0, 2 * lasts_s / A_RUN)
+        due = made < kills and time.monotonic() >= following
+        if due and _kill_one(config, launcher.pid, wanted, at_random, summary):
+            made += 1
+            following, wanted = _next(time.monotonic(), lasts_s, at_random)
         time.sleep(0.02)
     summary.runs += 1
 
@@ -170,13 +171,23 @@ def _start(path: Path) -> "subprocess.Popen[bytes]":
         return subprocess.Popen(command, stdout=log, stderr=log)
 
 
-def _kill_one(config: RunConfig, launcher: int, at_random: random.Random, summary: Summary) -> bool:
-    """Kill a process of the run, stopped first so that it cannot finish while it is looked at."""
+def _next(now: float, lasts_s: float, at_random: random.Random) -> tuple[float, str]:
+    """When the next kill is due, and whether it waits for a worker, as most do: what starts them
+    takes longer to come back than they do."""
+    due = now + at_random.uniform(0, 2 * lasts_s / A_RUN)
+    return due, "worker" if at_random.random() < 0.8 else "any"
+
+
+def _kill_one(
+    config: RunConfig, launcher: int, wanted: str, at_random: random.Random, summary: Summary
+) -> bool:
+    """Kill a process of the run, if there is one of the wanted kind; it is stopped first, so that
+    it cannot finish while it is looked at."""
     tree = {pid: kind for pid in [launcher, *_below(launcher)] if (kind := _kind(pid))}
-    if not tree:
+    victims = sorted(pid for pid, kind in tree.items() if wanted in (kind, "any"))
+    if not victims:
         return False
-    workers = sorted(pid for pid, kind in tree.items() if kind == "worker")
-    victim = at_random.choice(workers if workers and at_random.random() < 0.7 else sorted(tree))
+    victim = at_random.choice(victims)
     with suppress(ProcessLookupError):
         os.kill(victim, signal.SIGSTOP)
         ended = {pid for pid in [victim, *_below(victim)] if tree.get(pid) == "worker"}
