@@ -17,6 +17,7 @@ from typing import IO
 
 from ..errors import Interrupted, StageError, UsageError
 from ..stage import interrupts
+from .processes import stop_with_parent
 
 _LOOK_S, _SPREAD_S, _END_S = 0.05, 5.0, 30.0
 """Between looks; until a fault has reached the other ranks; until those that it does not end."""
@@ -67,7 +68,15 @@ def run_ranks(num_ranks: int, *arguments: str) -> int:
         with interrupts(stop):
             for number, file in enumerate(said):
                 own = {"RANK": str(number), "LOCAL_RANK": str(number)}
-                ranks.append(subprocess.Popen(command, env=shared | own, stdout=file, stderr=file))
+                ranks.append(
+                    subprocess.Popen(
+                        command,
+                        env=shared | own,
+                        stdout=file,
+                        stderr=file,
+                        preexec_fn=stop_with_parent,
+                    )
+                )
             failures = [(rank, code) for rank, code in enumerate(_wait(ranks)) if code]
         if not failures:
             return 0

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.engine
 
 LONG = {"epochs": 60}
 RUNS: dict[str, dict[str, object]] = {
-    **{"alone": {}, "two": {}, "slurm": {}, "stopped": LONG, "killed": LONG},
+    **{"alone": {}, "two": {}, "slurm": {}, "stopped": LONG, "killed": LONG, "orphaned": LONG},
     "refused": {"deepspeed": {"zero_optimization": {"no_such_key": 1}}},
 }
 TRAIN = [sys.executable, "-m", "opdcache.cli.main", "train"]
@@ -106,6 +106,22 @@ def test_a_rank_that_is_killed_ends_the_others_and_is_named(base: Path) -> None:
     assert process.returncode == 1
     assert "Traceback" not in stderr
     assert "rank 1 of 'opdcache train' was ended by SIGKILL" in errors(stderr)[-1]
+
+
+def test_ranks_whose_launcher_is_killed_save_and_stop(base: Path) -> None:
+    process = under_way(base / "orphaned.yaml", "--nproc", "2")
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    ranks = [Path(f"/proc/{pid}") for pid in children]
+    assert len(ranks) == 2
+    process.kill()
+    process.communicate()
+    until = time.monotonic() + 60
+    while any(rank.exists() for rank in ranks) and time.monotonic() < until:
+        time.sleep(0.1)
+    assert not any(rank.exists() for rank in ranks)
+    folder = RunFolder(base / "orphaned")
+    assert folder.find(TrainRound, 0) is None
+    assert (folder.checkpoints / "latest").exists()
 
 
 def test_what_deepspeed_itself_refuses_of_its_configuration_is_one_line(base: Path) -> None:
