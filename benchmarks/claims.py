@@ -1,8 +1,8 @@
-"""What claims, commits and listings of a stage cost on a store.
+"""What claims and listings of a stage cost on a store.
 
 ``python -m benchmarks.claims URL``: a folder or a URL; ``--s3`` in its place starts the S3 server
-of the tests. Prints a JSON object: milliseconds an operation, medians; and what a stage takes a
-shard beside the shard itself, and a waiting worker a look.
+of the tests. Prints a JSON object: milliseconds an operation, medians; of taking a claim and giving
+it back; and of a look at one of many shards that are not there.
 """
 
 import argparse
@@ -13,16 +13,13 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from opdcache.identity import key_of
-from opdcache.schemas.manifests import RolloutIdentity, RolloutManifest
-from opdcache.stage import Silent, Worker, make_shards
-from opdcache.store.cache import Attempt, Cache
+from opdcache.store.cache import Cache
 from opdcache.store.objects import ObjectStore
-from tests.s3_server import BUCKET, s3_server
-from tests.shards import rollout_identity, write_rollouts
 
 TURNS, SHARDS = 50, 200
 LISTED = (10, 100, 1_000)
@@ -37,8 +34,10 @@ def main() -> None:
     with ExitStack() as stack:
         url = given.url
         if given.s3:
-            stack.enter_context(s3_server(Path(stack.enter_context(tempfile.TemporaryDirectory()))))
-            url = f"s3://{BUCKET}/claims"
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            server = import_module("tests.s3_server")
+            stack.enter_context(server.s3_server(folder))
+            url = f"s3://{server.BUCKET}/claims"
         print(json.dumps(measured(f"{url}/{secrets.token_hex(4)}"), indent=1))
 
 
@@ -52,42 +51,24 @@ def measured(url: str) -> dict[str, Any]:
         "delete_ms": _median(lambda i: objects.delete(f"x/{i}")),
     }
     for count in LISTED:
-        objects.each(lambda i, n=count: objects.put(f"{n}/{i}", b"x"), range(count))
-        found[f"list_{count}_ms"] = _median(lambda i, n=count: list(objects.list(str(n))), 10)
-    cache, tasks = Cache(f"{url}/cache"), _tasks()
-    began = time.monotonic()
-    _stage(cache, tasks)
-    made_s = time.monotonic() - began
-    alone = Cache(f"{url}/alone")
-    began = time.monotonic()
-    for identity in tasks.values():
-        attempt = alone.attempt(key_of(identity))
-        alone.commit(attempt, write_rollouts(attempt, identity))
-    found["claims_a_shard_ms"] = 1e3 * (made_s - (time.monotonic() - began)) / len(tasks)
-    began = time.monotonic()
-    _stage(cache, tasks)
-    found["look_a_shard_ms"] = 1e3 * (time.monotonic() - began) / len(tasks)
+        for number in range(count):
+            objects.put(f"{count}/{number}", b"x")
+        found[f"list_{count}_ms"] = _median(partial(_listed, objects, str(count)), 10)
+    cache = Cache(f"{url}/cache")
+    found["claim_ms"] = _median(lambda i: _claim(cache, f"{i:064x}"))
+    absent = [f"{number:064x}" for number in range(SHARDS)]
+    found["look_ms"] = _median(lambda i: cache.committed_rollouts(absent), 5) / SHARDS
     return {name: round(value, 2) for name, value in found.items()}
 
 
-def _tasks() -> dict[str, RolloutIdentity]:
-    identities = [rollout_identity(f"shard {number}") for number in range(SHARDS)]
-    return {key_of(identity): identity for identity in identities}
+def _listed(objects: ObjectStore, prefix: str, turn: int) -> None:
+    for _ in objects.list(prefix):
+        pass
 
 
-def _stage(cache: Cache, tasks: dict[str, RolloutIdentity]) -> None:
-    def compute(identity: RolloutIdentity, attempt: Attempt) -> RolloutManifest:
-        return write_rollouts(attempt, identity)
-
-    make_shards(
-        cache,
-        "rollouts",
-        tasks,
-        is_done=lambda identity: cache.rollouts(key_of(identity)) is not None,
-        compute=compute,
-        worker=Worker(),
-        progress=Silent(),
-    )
+def _claim(cache: Cache, key: str) -> None:
+    with cache.claims.hold("rollouts", key) as mine:
+        assert mine
 
 
 def _median(do: Callable[[int], object], turns: int = TURNS) -> float:

@@ -28,9 +28,12 @@ def command() -> None:
 @command.command("slurm")
 @run_file
 @rounds_option
+@click.option("--after", metavar="JOB", help="id of a job whose end the first one waits for")
 @click.option("--dry-run", is_flag=True, help="print the scripts, and submit nothing")
 @click.pass_context
-def slurm(context: click.Context, run_file: Path, rounds: str | None, dry_run: bool) -> None:
+def slurm(
+    context: click.Context, run_file: Path, rounds: str | None, after: str | None, dry_run: bool
+) -> None:
     """Submit what is left of a run to Slurm, and print the jobs' ids.
 
     An array a rollout or score stage, a job over nodes a train stage, each after the one before.
@@ -39,7 +42,7 @@ def slurm(context: click.Context, run_file: Path, rounds: str | None, dry_run: b
 
     config, jobs = _jobs(run_file, rounds)
     if jobs:
-        context.exit(Slurm(config, dry_run=dry_run).launch(jobs))
+        context.exit(Slurm(config, dry_run=dry_run, after=after).launch(jobs))
 
 
 @command.command("kubernetes")

@@ -6,15 +6,20 @@ index is tried again later.
 
 import json
 import re
+import shlex
 from collections.abc import Sequence
 
 import yaml
 
 from ..errors import ConfigError, NotInstalled
+from ..identity import digest
 from ..schemas.config import RunConfig
 from ..schemas.launch import KubernetesLaunch
 from .job import Job
 from .templating import filled
+
+# Ranks exchange data through it, and containers have little of it unless they ask.
+_SHARED_MEMORY = {"name": "shared-memory", "emptyDir": {"medium": "Memory"}}
 
 
 class Kubernetes:
@@ -36,6 +41,7 @@ class Kubernetes:
                 remedy="set it to 1, and ranks to the devices of a node",
             )
         self._launch, self._kubernetes = config.launch, config.launch.kubernetes
+        self._run = str(config.output)
 
     def launch(self, jobs: Sequence[Job]) -> int:
         """See ``Launcher``.
@@ -52,14 +58,15 @@ class Kubernetes:
         ours, train = self._kubernetes, job.step.stage == "train"
         ranks = ["--nproc", str(job.ranks)] if job.ranks > 1 else []
         values = {
-            "name": _name(job.name),
+            "name": _name(job.name, self._run),
+            "time_limit": job.resources.time_limit,
             "namespace": ours.namespace,
             "workers": job.workers,
             "max_retries": ours.max_retries,
             "warn_s": ours.warn_s,
             "image": ours.image,
             "command": [
-                *ours.program.split(),
+                *shlex.split(ours.program),
                 *job.command("$(JOB_COMPLETION_INDEX)"),
                 *ranks,
             ],
@@ -67,10 +74,16 @@ class Kubernetes:
             "env_from": [{"secretRef": {"name": name}} for name in ours.secrets],
             "resources": {"limits": _limits(job)},
             "volumes": [
-                {"name": claim, "persistentVolumeClaim": {"claimName": claim}}
-                for claim in ours.claims
+                _SHARED_MEMORY,
+                *(
+                    {"name": claim, "persistentVolumeClaim": {"claimName": claim}}
+                    for claim in ours.claims
+                ),
             ],
-            "mounts": [{"name": claim, "mountPath": at} for claim, at in ours.claims.items()],
+            "mounts": [
+                {"name": _SHARED_MEMORY["name"], "mountPath": "/dev/shm"},
+                *({"name": claim, "mountPath": at} for claim, at in ours.claims.items()),
+            ],
         }
         name = f"kubernetes/{'train' if train else 'workers'}.yaml"
         said = {key: json.dumps(value) for key, value in values.items()}
@@ -79,9 +92,11 @@ class Kubernetes:
         return text
 
 
-def _name(name: str) -> str:
-    """A job's name as Kubernetes takes it, with room for a pod's index."""
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[-52:].strip("-")
+def _name(name: str, run: str) -> str:
+    """A job's name as Kubernetes takes it, with room for a pod's index: another run's is another,
+    whatever its file is called."""
+    mine = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[-47:].strip("-")
+    return f"{mine}-{digest(run)[:4]}"
 
 
 def _env(ours: KubernetesLaunch, job: Job) -> dict[str, str]:

@@ -72,8 +72,9 @@ class Local:
         sampled = sum(job.workers for job in jobs if job.step.stage == "rollout")
         processes = Processes(with_vllm=sampled > 1)
         for job in jobs:
-            if code := self._carry_out(job, processes):
-                return code
+            code = self._carry_out(job, processes)
+            if code or self._asked:
+                return code or Interrupted.exit_code
         return 0
 
     def _carry_out(self, job: Job, processes: Processes) -> int:
@@ -86,8 +87,16 @@ class Local:
                 process.terminate()
 
         with interrupts(stop):
+
+            def start(index: int) -> None:
+                """Start a worker, unless a stop was asked for, which may be while it starts."""
+                if not self._asked:
+                    started[index] = self._start(job, index, processes)
+                if self._asked and index in started:
+                    started[index].terminate()
+
             for index in range(job.workers):
-                started[index] = self._start(job, index, processes)
+                start(index)
             while started:
                 wait([process.sentinel for process in started.values()])
                 for index, process in list(started.items()):
@@ -103,7 +112,7 @@ class Local:
                                   f"{self._config.launch.max_restarts} times")  # fmt: skip
                         if code > 0:
                             time.sleep(min(2.0 ** (restarts - 1), _LONGEST_PAUSE_S))
-                        started[index] = self._start(job, index, processes)
+                        start(index)
                     elif code:
                         failures[index] = code
         return self._code(job, failures)

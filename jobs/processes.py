@@ -59,8 +59,15 @@ def stop_with_parent() -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
+_KEPT_BACK = (signal.SIGTERM, signal.SIGUSR1)
+
+
 def preload() -> None:
-    """Import what takes long, in the process that all others are forked from."""
+    """Import what takes long, in the process that all others are forked from.
+
+    Signals to a whole group of processes do not end it: it alone sees how the others end.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, _KEPT_BACK)
     import torch  # noqa: F401
     from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401
 
@@ -72,6 +79,7 @@ def preload() -> None:
 
 def _run(arguments: list[str], environment: dict[str, str]) -> None:
     stop_with_parent()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _KEPT_BACK)
     os.environ.update(environment)
     if "torch" in sys.modules:  # it read the variable when it was imported
         sys.modules["torch"].set_num_threads(int(os.environ["OMP_NUM_THREADS"]))

@@ -15,7 +15,7 @@ from contextlib import ExitStack
 from tempfile import TemporaryFile
 from typing import IO
 
-from ..errors import Interrupted, StageError, UsageError
+from ..errors import Interrupted, RankLost, StageError, UsageError
 from ..stage import interrupts
 from .processes import stop_with_parent
 
@@ -32,7 +32,7 @@ def run_ranks(num_ranks: int, *arguments: str) -> int:
     Raises:
         UsageError: this process is itself a rank.
         Interrupted: they were asked to stop before they could do so gracefully.
-        StageError: a signal ended one.
+        RankLost: a signal ended one.
     """
     if "RANK" in os.environ:
         raise UsageError(
@@ -84,7 +84,8 @@ def run_ranks(num_ranks: int, *arguments: str) -> int:
         if code < 0 and asked:
             raise Interrupted("stopped on request", remedy="run the same command to go on")
         if code < 0:
-            raise ended_by_signal(f"rank {cause} of 'opdcache {arguments[0]}'", code)
+            said_of = ended_by_signal(f"rank {cause} of 'opdcache {arguments[0]}'", code)
+            raise RankLost(said_of.what, remedy=said_of.remedy)
         if (file := said[cause]) is not None:
             file.seek(0)
             text = file.read().decode(errors="replace")

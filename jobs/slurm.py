@@ -17,7 +17,7 @@ from rich.table import Table
 from ..errors import ConfigError, LauncherError
 from ..schemas.config import RunConfig
 from .job import Job
-from .templating import filled, program
+from .templating import filled
 
 _OURS = frozenset(
     {
@@ -37,16 +37,24 @@ _OURS = frozenset(
 """Options of sbatch that follow from the run file's other keys, or that the scripts rely on."""
 
 
+_THREADS = """\
+export OMP_NUM_THREADS="${SLURM_CPUS_PER_TASK:-${OMP_NUM_THREADS:-1}}"
+if [ -n "$SLURM_CPUS_PER_TASK" ]; then export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK"; fi"""
+
+
 class Slurm:
     """The launcher of a Slurm cluster.
 
     Args:
         dry_run: print the scripts, and submit nothing.
+        after: id of a job that the first one waits for the end of.
     """
 
-    def __init__(self, config: RunConfig, *, dry_run: bool = False) -> None:
+    def __init__(
+        self, config: RunConfig, *, dry_run: bool = False, after: str | None = None
+    ) -> None:
         assert config.output is not None
-        self._launch, self._dry_run = config.launch, dry_run
+        self._launch, self._dry_run, self._after = config.launch, dry_run, after
         self._folder = Path(config.output) / "slurm"
 
     def launch(self, jobs: Sequence[Job]) -> int:
@@ -65,20 +73,22 @@ class Slurm:
         for job, script in zip(jobs, scripts, strict=True):
             path = self._folder / f"{job.name}.sh"
             path.write_text(script)
-            after = submitted[-1][1] if submitted else None
-            submitted.append((job, _sbatch(path, after, [number for _, number in submitted])))
-        _show(submitted)
+            after = submitted[-1][1] if submitted else self._after
+            before = [number for _, number in submitted]
+            submitted.append((job, _sbatch(path, job.run_file.parent, after, before)))
+        _show(submitted, self._after)
         return 0
 
     def script(self, job: Job) -> str:
         """The batch script of a job."""
         slurm = self._launch.slurm
-        train = job.step.stage == "train"
-        worker = "@WORKER@"  # which no quotes are put around, so that the shell reads its stand-in
-        command = shlex.join(program(slurm.program) + job.command(worker))
+        train, worker = job.step.stage == "train", "@WORKER@"  # which no quotes are put around
+        program = slurm.program or shlex.join([sys.executable, "-m", "opdcache.cli.main"])
+        command = f"{program} {shlex.join(job.command(worker))}"
         values = {
             "name": job.name,
-            "logs": self._folder / "logs",
+            "log": _quoted(self._folder / "logs" / f"{job.name}{'' if train else '-%a'}.log"),
+            "fault": shlex.quote(str(self._folder / "logs" / f"{job.name}.fault")),
             "last": job.workers - 1,
             "nodes": job.nodes,
             "ranks": job.ranks,
@@ -86,7 +96,7 @@ class Slurm:
             "max_requeues": slurm.max_requeues,
             "options": "\n".join(f"#SBATCH --{option}" for option in self._options(job)),
             "setup": slurm.setup.rstrip(),
-            "threads": 'export OMP_NUM_THREADS="${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}"',
+            "threads": _THREADS,
             "command": command.replace(worker, "${SLURM_ARRAY_TASK_ID}"),
         }
         return filled(self._launch, f"slurm/{'train' if train else 'workers'}.sh", values)
@@ -106,7 +116,17 @@ class Slurm:
         ):
             _refuse_ours(given, place)
             named |= given
-        return [f"{name}={value}" for name, value in named.items() if value is not None]
+        return [
+            name if value is True else f"{name}={_quoted(value)}"
+            for name, value in named.items()
+            if value is not None and value is not False
+        ]
+
+
+def _quoted(value: object) -> str:
+    """A value as sbatch reads it in a script."""
+    text = str(value)
+    return f'"{text}"' if any(sign.isspace() for sign in text) else text
 
 
 def _refuse_ours(given: Mapping[str, object], place: str) -> None:
@@ -119,12 +139,12 @@ def _refuse_ours(given: Mapping[str, object], place: str) -> None:
             )
 
 
-def _sbatch(script: Path, after: str | None, before: Sequence[str]) -> str:
-    """Submit a script; its job's id."""
+def _sbatch(script: Path, folder: Path, after: str | None, before: Sequence[str]) -> str:
+    """Submit a script, which begins in the folder; its job's id."""
     command = ["sbatch", "--parsable", *([f"--dependency=afterany:{after}"] if after else [])]
     try:
         done = subprocess.run(
-            [*command, str(script)], capture_output=True, text=True, cwd=script.parent, check=False
+            [*command, str(script)], capture_output=True, text=True, cwd=folder, check=False
         )
     except FileNotFoundError as error:
         raise LauncherError(
@@ -141,12 +161,11 @@ def _sbatch(script: Path, after: str | None, before: Sequence[str]) -> str:
     return done.stdout.strip().partition(";")[0]
 
 
-def _show(submitted: Sequence[tuple[Job, str]]) -> None:
+def _show(submitted: Sequence[tuple[Job, str]], before: str | None) -> None:
     table = Table("job", "round", "stage", "tasks", "after", "script", box=box.SIMPLE)
-    before = ""
     for job, number in submitted:
         tasks = job.nodes * job.ranks if job.step.stage == "train" else job.workers
         script = f"slurm/{job.name}.sh"
-        table.add_row(number, str(job.step.round), job.step.stage, str(tasks), before, script)
+        table.add_row(number, str(job.step.round), job.step.stage, str(tasks), before or "", script)
         before = number
     Console(width=120, no_color=True, highlight=False, file=sys.stdout).print(table)

@@ -1,6 +1,5 @@
 """Job templates: plain files, in which ``@{name}`` stands for what a launcher fills in."""
 
-import sys
 from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
@@ -29,6 +28,12 @@ def filled(launch: LaunchConfig, name: str, values: Mapping[str, object]) -> str
         ConfigError: the user's template cannot be read, or asks for a name that there is not.
     """
     own = None if launch.templates is None else Path(launch.templates) / name
+    if own is not None and not own.parent.is_dir():
+        raise ConfigError(
+            "launch.templates: there is no such folder",
+            where=own.parent,
+            remedy="copy the one of jobs/templates",
+        )
     try:
         if own is not None and own.exists():
             text = own.read_text()
@@ -43,8 +48,3 @@ def filled(launch: LaunchConfig, name: str, values: Mapping[str, object]) -> str
             where=own or name,
             remedy=f"known names: {', '.join(sorted(values))}",
         ) from error
-
-
-def program(given: str | None) -> list[str]:
-    """What runs ``opdcache`` in a job: what the run file says, or this installation."""
-    return given.split() if given else [sys.executable, "-m", "opdcache.cli.main"]

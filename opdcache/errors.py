@@ -14,7 +14,8 @@
     ├── StoreError            OPD200  exit 1   storage refused or lost something
     │   ├── ObjectMissing     OPD201           an object that should be there is not
     │   ├── StoreFull         OPD202           no space left
-    │   └── StoreUnavailable  OPD203  exit 75  a fault that may pass
+    │   ├── StoreUnavailable  OPD203  exit 75  a fault that may pass
+    │   └── NotAllowed        OPD204           the store does not let this user
     ├── IntegrityError        OPD300  exit 3   what is stored is not what was committed
     │   ├── ChecksumMismatch  OPD301
     │   ├── UnknownSchema     OPD302           written by a later version
@@ -28,7 +29,8 @@
         ├── BudgetSpent       OPD406           the run may send no more teacher tokens
         ├── RankLost          OPD407  exit 75  another rank of the learner ended
         ├── ShardsFailed      OPD408           shards failed again and again
-        └── LauncherError     OPD409           a scheduler refuses a job, or is not there
+        ├── LauncherError     OPD409           a scheduler refuses a job, or is not there
+        └── EngineLost        OPD410  exit 75  this process can no longer use its device
 
 Codes are append-only. A message is one line: where, what, expected and found, what to
 do next.
@@ -159,6 +161,12 @@ class StoreUnavailable(StoreError):
     exit_code = 75
 
 
+class NotAllowed(StoreError):
+    """The store does not let this user do that."""
+
+    code = "OPD204"
+
+
 class IntegrityError(OpdcacheError):
     """What is stored is not what was committed."""
 
@@ -247,3 +255,10 @@ class LauncherError(StageError):
     """What was to launch jobs refuses one, or is not there."""
 
     code = "OPD409"
+
+
+class EngineLost(StageError):
+    """A fault left this process unable to use its device; a new one can."""
+
+    code = "OPD410"
+    exit_code = 75

@@ -29,6 +29,12 @@ def is_the_shards_own(error: Exception) -> bool:
     return not isinstance(error, OSError)
 
 
+def breaks_the_process(error: Exception) -> bool:
+    """Whether nothing that this process asks of its device will succeed any more, as after a
+    device-side assertion. Running out of memory is not of that kind."""
+    return type(error).__name__ == "AcceleratorError" or "CUDA error" in str(error)
+
+
 def one_line(error: BaseException) -> str:
     """An error's class and what it says first, or the message of one of ours."""
     if isinstance(error, OpdcacheError):
@@ -73,19 +79,22 @@ class Failures:
                 tries.setdefault(failure.key, []).append(failure.error)
         return {key: errors[-1] for key, errors in tries.items() if len(errors) >= TRIES}
 
-    def refuse(self, aside: Mapping[str, str], most: int, where: str) -> None:
-        """Stop where more shards are set aside than ``max_failed_shards`` lets pass.
+    def refuse(self, aside: Mapping[str, str], most: int, num_shards: int, where: str) -> None:
+        """Stop where more shards are set aside than ``max_failed_shards`` lets pass, or all.
+
+        Args:
+            num_shards: how many there are.
 
         Raises:
             ShardsFailed: they are.
         """
-        if len(aside) <= most:
+        if not aside or len(aside) <= min(most, num_shards - 1):
             return
         key, error = next(iter(aside.items()))
         raise ShardsFailed(
             f"{len(aside)} shard{'s' * (len(aside) > 1)} failed {TRIES} times each, such as "
             f"{key[:12]}: {error}",
             where=where,
-            expected=f"max_failed_shards: {most} at most",
+            expected=f"{min(most, num_shards - 1)} of {num_shards} at most",
             remedy=f"see to the cause and delete {self.folder}, or raise max_failed_shards",
         )

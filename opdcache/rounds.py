@@ -92,7 +92,7 @@ def _unfinished(folder: RunFolder, config: RunConfig, of: StageStatus, cache: Ca
     plan = folder.find_plan(stage_files(config, of.stage, of.round)[0], of.round)
     if plan is None:
         return of
-    missing = sum(1 for path in plan.missing if cache.objects.info(path) is None)
+    missing = cache.objects.each(cache.objects.info, plan.missing).count(None)
     return _under_way(of, plan.num_shards - missing, plan.num_shards)
 
 

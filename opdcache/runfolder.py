@@ -147,9 +147,9 @@ class RunFolder:
     def is_done(self, config: RunConfig, stage: Stage, round_index: int, cache: Cache) -> bool:
         """Whether a stage of a round has written its files, and what they pin is still there."""
         files = [self.find(kind, round_index) for kind in stage_files(config, stage, round_index)]
-        return all(file is not None and self._is_sound(file, cache) for file in files)
+        return all(file is not None and self.is_sound(file, cache) for file in files)
 
-    def _is_sound(self, file: RoundFile, cache: Cache) -> bool:
+    def is_sound(self, file: RoundFile, cache: Cache) -> bool:
         """Whether no shard that a round's file pins was put aside, or made anew otherwise."""
         match file:
             case RolloutRound() | HeldOutRound():

@@ -8,7 +8,7 @@ import platform
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -17,8 +17,8 @@ from typing import Literal, Protocol, TypeVar
 
 from pydantic import JsonValue
 
-from .errors import Interrupted, StageError
-from .failures import TRIES, Failures, is_the_shards_own, one_line
+from .errors import EngineLost, Interrupted, StageError
+from .failures import TRIES, Failures, breaks_the_process, is_the_shards_own, one_line
 from .schemas.manifests import Kind, Provenance, RolloutManifest, ScoreManifest
 from .store.cache import Attempt, Cache
 
@@ -116,6 +116,7 @@ def make_shards(
 
     Raises:
         StageError: shard after shard fails on this worker.
+        EngineLost: a failure left the process's device unusable.
     """
     made, pending, in_a_row = 0, worker.ordered(list(tasks.items())), set[str]()
     pause_s = poll_s
@@ -140,11 +141,12 @@ def make_shards(
                 if not mine:
                     left.append((key, task))
                     others += 1
-                elif is_done(task):
+                elif is_done(task) or _is_aside(failures, kind, key):
                     progress.advance(1, 0)
                 else:
                     with timed(progress, "start"):
                         prepare(task)
+                    fault: Exception | None = None
                     try:
                         with timed(progress, "work"):
                             made += _make(cache, key, task, compute, progress)
@@ -152,12 +154,15 @@ def make_shards(
                     except Exception as error:
                         if failures is None or not is_the_shards_own(error):
                             raise
+                        fault = error
+                    if fault is not None and failures is not None:
                         left.append((key, task))
-                        in_a_row.add(key)
-                        _failed(failures.note(kind, key, error), key, error, progress)
-                        with suppress(Exception):  # what is broken may not stop in order
-                            renew()
-                        _refuse_to_go_on(in_a_row, error)
+                        number = failures.note(kind, key, fault)
+                        _say_failed(number, key, fault, progress)
+                        if number == 1:  # one that fails again says nothing more of the worker
+                            in_a_row.add(key)
+                        _refuse_to_go_on(in_a_row, fault)
+                        _renew(renew)
         if left and others == len(pending):
             time.sleep(pause_s)
             pause_s = min(2 * pause_s, _LONGEST_POLL * poll_s)
@@ -168,16 +173,32 @@ def make_shards(
     return made
 
 
-def _failed(number: int, key: str, error: Exception, progress: Progress) -> None:
+def _is_aside(failures: Failures | None, kind: Kind, key: str) -> bool:
+    """Whether a shard has been set aside meanwhile."""
+    return failures is not None and key in failures.aside(kind, [key])
+
+
+def _say_failed(number: int, key: str, error: Exception, progress: Progress) -> None:
     then = "set aside" if number >= TRIES else "it is tried again"
     progress.say(f"shard {key[:12]} failed, try {number} of {TRIES}, {then}: {one_line(error)}")
 
 
+def _renew(renew: Callable[[], None]) -> None:
+    """Stop what makes shards; what is broken may not stop in order."""
+    try:
+        renew()
+    except Interrupted:
+        raise
+    except Exception:
+        return
+
+
 def _refuse_to_go_on(in_a_row: set[str], error: Exception) -> None:
-    """Leave the other shards to other workers.
+    """Leave the other shards to other workers, or to a new process.
 
     Raises:
         StageError: too many shards failed one after the other.
+        EngineLost: the process cannot use its device any more.
     """
     if len(in_a_row) >= _IN_A_ROW:
         raise StageError(
@@ -185,6 +206,12 @@ def _refuse_to_go_on(in_a_row: set[str], error: Exception) -> None:
             f"{one_line(error)}",
             where=platform.node(),
             remedy="look at this machine and at the run file's engine, then run the same command",
+        ) from error
+    if breaks_the_process(error):
+        raise EngineLost(
+            f"this process cannot use its device any more after {one_line(error)}",
+            where=platform.node(),
+            remedy="run the same command to go on",
         ) from error
 
 

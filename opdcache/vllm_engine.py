@@ -106,7 +106,10 @@ class Engine:
 
     def close(self) -> None:
         """Stop the engine and give its memory back."""
+        from .models import free_memory
+
         self.llm.llm_engine.engine_core.shutdown()
+        free_memory()
 
 
 @dataclass(frozen=True, slots=True)

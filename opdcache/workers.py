@@ -2,11 +2,12 @@
 
 import os
 import platform
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
@@ -19,7 +20,10 @@ from .schemas.rounds import Stage
 from .schemas.status import WorkerState
 from .store.claims import ClaimedProcess
 
-_EVERY_S = 2.0
+_EVERY_S, _BEAT_S = 2.0, 20.0
+_SILENT_S = 5 * _BEAT_S
+"""A worker that has said nothing for so long is gone, as far as anybody can tell: clocks of machines
+may differ, so this is for people alone."""
 
 
 @contextmanager
@@ -29,14 +33,21 @@ def at_work(context: RunContext, stage: Stage, round_index: int) -> Iterator[Run
         yield context
         return
     noted = _Noted(context, stage, round_index)
+    ended = threading.Event()
+    beat = threading.Thread(target=noted.keep_up, args=(ended,), daemon=True)
+    beat.start()
     try:
         yield replace(context, progress=noted)
     except BaseException as error:
+        ended.set()
+        beat.join()
         tries_again = isinstance(error, OpdcacheError) and (
             error.exit_code == Interrupted.exit_code
         )
         noted.write("stopped" if tries_again else "failed", one_line(error))
         raise
+    ended.set()
+    beat.join()
     if noted.has_begun:
         noted.write("done")
 
@@ -53,8 +64,11 @@ def workers(folder: RunFolder, stage: Stage, round_index: int) -> list[WorkerSta
 
 
 def _as_it_is(state: WorkerState) -> WorkerState:
+    if state.state != "running":
+        return state
     process = ClaimedProcess(state.machine, state.pid, state.started)
-    if state.state == "running" and process.is_gone():
+    silent = datetime.now(UTC) - datetime.fromisoformat(state.said_at)
+    if process.is_gone() or silent > timedelta(seconds=_SILENT_S):
         return state.model_copy(update={"state": "gone"})
     return state
 
@@ -99,6 +113,12 @@ class _Noted:
         }
         with suppress(OSError):  # a full disk is the work's to tell
             documents.create(self._path, self._state.model_copy(update=update), anew=True)
+
+    def keep_up(self, ended: threading.Event) -> None:
+        """Note now and then that it is still at work."""
+        while not ended.wait(_BEAT_S):
+            if self.has_begun:
+                self.write()
 
     def begin(self, title: str, total: int, unit: str) -> None:
         """See ``Progress``."""

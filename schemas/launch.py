@@ -2,9 +2,9 @@
 out."""
 
 import re
-from typing import Annotated
+from typing import Annotated, Self
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, model_validator
 
 from .base import Model
 
@@ -38,7 +38,7 @@ class Resources(Model):
     time_limit: Annotated[int, BeforeValidator(_seconds)] | None = Field(
         None, ge=60, description="wall-clock limit: seconds, or [D-]HH:MM[:SS]; not local"
     )
-    slurm: dict[str, str | int] = Field(
+    slurm: dict[str, bool | str | int] = Field(
         {}, description="more options of sbatch, by long name; over those of launch.slurm.options"
     )
 
@@ -62,8 +62,10 @@ class SlurmLaunch(Model):
     program: str | None = Field(
         None, description="what runs opdcache in a job; by default this installation's Python"
     )
-    options: dict[str, str | int] = Field(
-        {}, description="options of sbatch for every job, by long name: partition, account, qos…"
+    options: dict[str, bool | str | int] = Field(
+        {},
+        description="options of sbatch for every job, by long name: partition, account, qos…; true "
+        "for one without a value",
     )
     setup: str = Field(
         "", description="shell lines that come first in a job: modules, an environment, variables"
@@ -75,7 +77,7 @@ class SlurmLaunch(Model):
         "learner saves",
     )
     max_requeues: int = Field(
-        20, ge=0, description="times that a job puts itself back in the queue"
+        50, ge=0, description="times that a job puts itself back in the queue"
     )
 
 
@@ -113,3 +115,14 @@ class LaunchConfig(Model):
     )
     slurm: SlurmLaunch = Field(SlurmLaunch(), description="for Slurm")
     kubernetes: KubernetesLaunch | None = Field(None, description="for Kubernetes")
+
+    @model_validator(mode="after")
+    def _warnings_come_in_time(self) -> Self:
+        for name in ("rollout", "score", "train"):
+            limit = getattr(self, name).time_limit
+            if limit is not None and self.slurm.warn_s + 60 > limit:
+                raise ValueError(
+                    f"launch.{name}.time_limit: {limit} s leave no time before the warning, which "
+                    f"may come a minute earlier than launch.slurm.warn_s = {self.slurm.warn_s} s"
+                )
+        return self

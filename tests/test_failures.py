@@ -9,7 +9,15 @@ import numpy as np
 import pytest
 import torch
 
-from opdcache.errors import EngineError, RunChanged, ShardsFailed, StageError, StoreUnavailable
+from opdcache.errors import (
+    EngineError,
+    EngineLost,
+    Interrupted,
+    RunChanged,
+    ShardsFailed,
+    StageError,
+    StoreUnavailable,
+)
 from opdcache.failures import TRIES, Failures
 from opdcache.identity import key_of
 from opdcache.rollout.stage import run as rollout
@@ -18,7 +26,7 @@ from opdcache.schemas.manifests import RolloutIdentity, RolloutManifest
 from opdcache.schemas.rounds import RolloutRound, ScoreRound
 from opdcache.score import stage as score_stage
 from opdcache.score.transformers_scorer import TransformersScorer
-from opdcache.stage import Silent, Worker, make_shards
+from opdcache.stage import Silent, Worker, give_up, make_shards
 from opdcache.store.cache import Attempt, Cache
 from opdcache.train.stage import _pinned
 
@@ -114,9 +122,50 @@ def test_a_worker_on_which_everything_fails_leaves_the_rest_to_others(tmp_path: 
 
 def test_a_success_in_between_says_that_the_worker_is_sound(tmp_path: Path) -> None:
     maker = Maker(tmp_path, dict.fromkeys(NAMES[::2], 99))
-    with pytest.raises(StageError):  # when those that fail are all that is left
-        maker.make(NAMES)
-    assert len(below(maker.cache, "commits")) == 10
+    assert maker.make(NAMES) == 10
+    assert len(maker.aside(NAMES)) == 10  # also when those that fail were all that was left
+
+
+def test_a_shard_that_another_worker_set_aside_meanwhile_is_not_tried_a_fourth_time(
+    tmp_path: Path,
+) -> None:
+    maker, (first, second) = Maker(tmp_path, {"shard 0": 1}), tasks(NAMES[:2])
+    renew = maker._renew
+
+    def others_fail_too() -> None:
+        maker.failures.note("rollouts", first, ValueError("x"))
+        maker.failures.note("rollouts", first, ValueError("x"))
+        renew()
+
+    maker._renew = others_fail_too  # type: ignore[method-assign]
+    assert maker.make(NAMES[:2]) == 1
+    assert maker.tries == Counter({"shard 0": 1, "shard 1": 1})
+    assert maker.cache.rollouts(second) is not None
+
+
+def test_a_stop_while_an_engine_is_stopped_is_a_stop(tmp_path: Path) -> None:
+    maker = Maker(tmp_path, {"shard 0": 1})
+
+    def stopped() -> None:
+        give_up()
+
+    maker._renew = stopped  # type: ignore[method-assign]
+    with pytest.raises(Interrupted):
+        maker.make(NAMES[:3])
+    assert below(maker.cache, "commits") == below(maker.cache, "claims") == []
+
+
+@pytest.mark.parametrize("error", ["CUDA error: device-side assert triggered", "of a class"])
+def test_a_fault_that_breaks_the_process_leaves_the_rest_to_a_new_one(
+    tmp_path: Path, error: str
+) -> None:
+    kind = RuntimeError if error.startswith("CUDA") else torch.AcceleratorError
+    maker = Maker(tmp_path, {"shard 0": 1}, kind(error))
+    with pytest.raises(EngineLost) as caught:
+        maker.make(NAMES[:3])
+    assert caught.value.exit_code == 75
+    assert len(maker.failures.every()) == 1
+    assert maker.make(NAMES[:3]) == 3
 
 
 @pytest.mark.parametrize(
@@ -165,7 +214,7 @@ def poisoned(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_student: Path
 
     def fail(self: Any, task: Any, attempt: Attempt) -> Any:
         if task.rollout.task == "b":
-            raise RuntimeError("CUDA error: device-side assert triggered\nmore")
+            raise RuntimeError("no kernel takes this shape\nmore")
         return make(self, task, attempt)
 
     monkeypatch.setattr(score_stage._Scorer, "make", fail)
@@ -176,11 +225,15 @@ def test_a_round_with_a_poisoned_shard_stops_or_goes_on_by_policy(base: dict[str
     context = opened(base)
     rollout(context, 0)
     with pytest.raises(
-        ShardsFailed, match=r"1 shard failed 3 times each, such as .*: RuntimeError: CUDA error"
+        ShardsFailed, match=r"1 shard failed 3 times each, such as .*: RuntimeError: no kernel"
     ) as caught:
         score_stage.run(context, 0)
     assert "max_failed_shards" in str(caught.value)
     assert context.folder.find(ScoreRound, 0) is None
+
+    few = [context.folder.need(RolloutRound, 0).shards[1].content]
+    with pytest.raises(ShardsFailed):  # a round of nothing is none
+        context.folder.failures.refuse(dict.fromkeys(few, "x"), 9, 1, "round 0")
 
     patient = opened(base | {"max_failed_shards": 1})
     scored = score_stage.run(patient, 0)

@@ -179,6 +179,8 @@ def test_own_templates_take_the_place_of_ours(tmp_path: Path) -> None:
         f"# me@here, @{{name}}\nrun-000-train $HOME opdcache train {tmp_path}/run.yaml --round 0\n"
     )
     assert found["run-000-score"].startswith("#!/bin/bash")
+    with pytest.raises(ConfigError, match=r"launch\.templates: there is no such folder"):
+        scripts(tmp_path, templates="mien")
     own.write_text("@{nmae}\n")
     with pytest.raises(ConfigError, match=r"train.sh: template: nothing is called @\{nmae\}"):
         scripts(tmp_path, templates="mine")
@@ -230,6 +232,70 @@ def test_every_job_waits_for_the_end_of_the_one_before(
     assert [row[3] for row in rows] == ["3", "2", "16"] * 2
 
 
+def test_options_without_a_value_and_with_spaces_are_written_as_sbatch_reads_them(
+    tmp_path: Path,
+) -> None:
+    given = {"exclusive": True, "no-kill": False, "comment": "two words", "nice": 5}
+    script = scripts(tmp_path, slurm={"options": given})["run-000-train"]
+    assert [line for line in script.splitlines() if line.startswith("#SBATCH --")][-5:] == [
+        "#SBATCH --gpus-per-node=8",
+        "#SBATCH --time=2160",
+        '#SBATCH --comment="two words"',
+        "#SBATCH --exclusive",
+        "#SBATCH --nice=5",
+    ]
+
+
+def test_a_limit_that_leaves_no_time_before_the_warning_is_refused(tmp_path: Path) -> None:
+    said = fault(run_file(tmp_path, {"launch.score": {"time_limit": 200}}))
+    assert "launch.score.time_limit: 200 s leave no time before the warning" in said
+
+
+TRAIN_FAKE = """
+export RANKS_CODE={code}
+shift # --kill-on-bad-exit=1
+export SLURM_PROCID=0
+"$@"
+true # the others, which lost a rank
+exit {told}
+"""
+
+
+@pytest.mark.parametrize(
+    ("code", "told", "ends", "requeues"),
+    [
+        (1, 75, 1, False),
+        (2, 137, 2, False),
+        (75, 75, 0, True),
+        (137, 137, 0, True),
+        (0, 0, 0, False),
+    ],
+)
+def test_a_learner_is_requeued_unless_a_rank_failed_for_good(
+    tmp_path: Path, code: int, told: int, ends: int, requeues: bool
+) -> None:
+    """srun tells the largest exit code; ranks that lost another one end with 75."""
+    log, program = tmp_path / "log", tmp_path / "program"
+    program.write_text(f'#!/bin/bash\necho "$*" >> {log}\nexit {code}\n')
+    fakes = {
+        "srun": TRAIN_FAKE.format(code=code, told=told),
+        "scontrol": f'echo "scontrol $*" >> {log}',
+    }
+    for name, text in fakes.items():
+        (tmp_path / name).write_text("#!/bin/bash\n" + text + "\n")
+    for name in (*fakes, "program"):
+        (tmp_path / name).chmod(0o755)
+    config, jobs = run_of(tmp_path, slurm={"program": str(program)})
+    script = Slurm(config).script(next(job for job in jobs if job.step.stage == "train"))
+    (tmp_path / "run" / "slurm" / "logs").mkdir(parents=True)
+    variables = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "42"}
+    done = subprocess.run(["bash", "-c", script], env=variables, capture_output=True, check=False)
+    assert done.returncode == ends, done.stderr
+    run, *rest = log.read_text().splitlines()
+    assert run == f"train {tmp_path}/run.yaml --round 0"
+    assert rest == (["scontrol requeue 42"] if requeues else [])
+
+
 def test_a_dry_run_prints_scripts_and_leaves_nothing(tmp_path: Path) -> None:
     path = run_file(tmp_path, {"rounds": 2, "launch": LAUNCH})
     done = CliRunner().invoke(cli, ["submit", "slurm", str(path), "--dry-run", "--rounds", "1"])
@@ -253,7 +319,14 @@ def manifests(folder: Path, **changes: Any) -> list[dict[str, Any]]:
 
 def test_manifests_are_what_kubernetes_takes_and_what_the_run_file_says(tmp_path: Path) -> None:
     rollout, score, train, *_ = manifests(tmp_path)  # each checked against the schemas
-    assert rollout["metadata"]["name"] == "run-000-rollout"
+    name = rollout["metadata"]["name"]
+    assert re.fullmatch("run-000-rollout-[0-9a-f]{4}", name)
+    (tmp_path / "other").mkdir()
+    assert manifests(tmp_path / "other")[0]["metadata"]["name"] != name
+    pod = rollout["spec"]["template"]["spec"]
+    assert (pod["activeDeadlineSeconds"], pod["terminationGracePeriodSeconds"]) == (14400, 90)
+    final, _ = rollout["spec"]["podFailurePolicy"]["rules"][::-1]
+    assert final["onExitCodes"] == {"operator": "NotIn", "values": [75, 137, 143]}
     spec = rollout["spec"]
     assert (spec["completionMode"], spec["completions"], spec["parallelism"]) == ("Indexed", 3, 3)
     assert (spec["backoffLimitPerIndex"], score["spec"]["completions"]) == (7, 2)
@@ -273,7 +346,10 @@ def test_manifests_are_what_kubernetes_takes_and_what_the_run_file_says(tmp_path
         "HF_HOME": "/work/hf",
     }
     assert container["envFrom"] == [{"secretRef": {"name": "store"}}]
-    assert container["volumeMounts"] == [{"name": "work", "mountPath": "/work"}]
+    assert container["volumeMounts"] == [
+        {"name": "shared-memory", "mountPath": "/dev/shm"},
+        {"name": "work", "mountPath": "/work"},
+    ]
     assert score["spec"]["template"]["spec"]["containers"][0]["resources"]["limits"] == {
         "memory": "64Gi"
     }
@@ -316,4 +392,4 @@ def test_names_are_what_kubernetes_allows(tmp_path: Path) -> None:
         name = yaml.safe_load(Kubernetes(config).manifest(job))["metadata"]["name"]
         assert re.fullmatch(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?", name)
         assert len(name) <= 52
-        assert name.endswith(f"000-{job.step.stage}")
+        assert name[:-5].endswith(f"000-{job.step.stage}")

@@ -1,8 +1,10 @@
 """The launcher of one machine: what it starts, starts again, and makes of how processes end."""
 
 import os
+import signal
+import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing import Process
 from pathlib import Path
 from typing import Any
@@ -31,12 +33,74 @@ class Fakes:
 
     def __init__(self, *codes: int) -> None:
         self.codes, self.started = list(codes), list[tuple[list[str], dict[str, str]]]()
+        self.on_start: Callable[[], None] | None = None
 
     def start(self, arguments: Sequence[str], environment: Mapping[str, str]) -> Process:
         self.started.append((list(arguments), dict(environment)))
         process = Process(target=_end, args=(self.codes.pop(0) if self.codes else 0,))
         process.start()
+        if self.on_start is not None:
+            self.on_start()
         return process
+
+
+def _stop() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_a_stop_that_comes_while_a_process_starts_stops_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
+) -> None:
+    path, fakes = run_file(tmp_path, {"launch.rollout": {"workers": workers}}), Fakes()
+    fakes.on_start = _stop
+    monkeypatch.setattr(local, "Processes", lambda **given: fakes)
+    config = load_run(path)
+    assert local.Local(config).launch(jobs_of(config, path)) == 75
+    assert len(fakes.started) == 1
+
+
+SLEEPER = """
+import signal, sys, time
+from opdcache.jobs import processes
+if __name__ == "__main__":
+    one = processes.Processes(with_vllm=False).start(["--version"], {"OMP_NUM_THREADS": "1"})
+    one.join()
+    assert one.exitcode == 0, one.exitcode
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    print("ready", flush=True)
+    sys.stdin.readline()  # meanwhile the whole group gets a signal
+    again = processes.Processes(with_vllm=False).start(["--version"], {"OMP_NUM_THREADS": "1"})
+    again.join()
+    from multiprocessing import forkserver
+    print(again.exitcode, forkserver._forkserver._forkserver_pid, flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_a_signal_to_the_whole_group_does_not_end_what_starts_processes(tmp_path: Path) -> None:
+    script = tmp_path / "sleeper.py"
+    script.write_text(SLEEPER)
+    process = subprocess.Popen(
+        [sys.executable, script],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert process.stdout is not None
+    assert process.stdin is not None
+    assert process.stdout.readline().startswith("opdcache")
+    assert process.stdout.readline() == "ready\n"
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.killpg(process.pid, signal.SIGUSR1)
+    process.stdin.write("\n")
+    process.stdin.flush()
+    assert process.stdout.readline().startswith("opdcache")
+    code, forkserver = process.stdout.readline().split()
+    assert process.wait() == 0
+    assert code == "0"
+    assert forkserver in children
 
 
 @pytest.fixture

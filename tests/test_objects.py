@@ -6,7 +6,14 @@ import obstore
 import pytest
 from obstore.exceptions import GenericError
 
-from opdcache.errors import ObjectMissing, OpdcacheError, StoreError, StoreFull, StoreUnavailable
+from opdcache.errors import (
+    NotAllowed,
+    ObjectMissing,
+    OpdcacheError,
+    StoreError,
+    StoreFull,
+    StoreUnavailable,
+)
 from opdcache.store.objects import ObjectStore
 
 
@@ -90,10 +97,10 @@ def test_a_refusal_to_write_is_no_passing_fault(
 ) -> None:
     refuse(monkeypatch, PermissionError("permission denied"))
 
-    with pytest.raises(StoreError, match="not allowed; check the permissions") as caught:
+    with pytest.raises(NotAllowed, match="not allowed; check the permissions") as caught:
         objects.put("x", b"")
 
-    assert type(caught.value) is StoreError
+    assert caught.value.exit_code == 1
 
 
 @pytest.mark.parametrize("name", ["a500c", "e503", "retro", "reset", "connection", "quota"])

@@ -89,6 +89,8 @@ def exported(run: Path) -> list[bytes]:
 def test_a_run_through_slurm_ends_in_the_bits_of_a_local_one_whatever_is_killed(
     cluster: SlurmCluster, tmp_path: Path, tiny_student: Path, tiny_teacher: Path
 ) -> None:
+    tmp_path = tmp_path / "a folder"
+    tmp_path.mkdir()
     run = write_run(tmp_path, "remote", tiny_student, tiny_teacher)
     table = opdcache("submit", "slurm", run)
     jobs = re.findall(r"^\s*(\d+)\s+(\d)\s+(rollout|score|train)\s+(\d)", table, re.MULTILINE)

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,19 @@ def test_a_worker_that_found_its_stage_done_leaves_what_was_said(context: RunCon
     assert said(context) == before
 
 
+def test_a_worker_says_in_a_long_shard_that_it_is_still_there(
+    context: RunContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("opdcache.workers._BEAT_S", 0.01)
+    with at_work(context, "score", 0) as noted:
+        noted.progress.begin("x", 1, "shards")
+        first = said(context).elapsed_s
+        until = time.monotonic() + 10
+        while said(context).elapsed_s == first and time.monotonic() < until:
+            time.sleep(0.01)
+        assert said(context).elapsed_s > first
+
+
 def test_of_the_ranks_of_a_learner_the_first_speaks(
     context: RunContext, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -107,6 +121,9 @@ def test_a_worker_whose_process_ended_without_a_word_is_gone(context: RunContext
         assert said(context).state == "gone"
         path.write_text(json.dumps(raw | {"pid": ended.pid, "machine": "another"}))
         assert said(context).state == "running"
+        old = "2026-01-01T00:00:00+00:00"
+        path.write_text(json.dumps(raw | {"machine": "another", "said_at": old}))
+        assert said(context).state == "gone"
         path.write_text("{")  # being written, or of another version
         assert workers(context.folder, "score", 0) == []
 

@@ -6,6 +6,7 @@ engine start. One shard holds one task and is generated as one batch of requests
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -138,15 +139,21 @@ def _run(
             )
     finally:
         context.progress.end()
-        generator.close()
+        with suppress(Exception):  # an engine that broke may not stop in order
+            generator.close()
     found = context.cache.committed_rollouts(tasks)
     failed = context.folder.failures.aside("rollouts", [key for key in tasks if key not in found])
     elapsed_s = round(time.monotonic() - started, 3)
+    left_out: dict[type[RoundFile], dict[str, str]] = {}
     for kind, part in plan.parts.items():
         missed = {task.key: failed[task.key] for task in part.tasks if task.key in failed}
         # Students are compared on the same held-out prompts: none of those may be left out.
         most = context.config.max_failed_shards if kind is RolloutRound else 0
-        context.folder.failures.refuse(missed, most, f"round {round_index} rollout")
+        where = f"round {round_index} rollout"
+        context.folder.failures.refuse(missed, most, len(part.tasks), where)
+        left_out[kind] = missed
+    for kind, part in plan.parts.items():
+        missed, then = left_out[kind], before[kind]
         said = {"failed": missed} if missed else {}
         file = kind(
             round=round_index,
@@ -156,7 +163,8 @@ def _run(
             elapsed_s=elapsed_s,
             **said,
         )
-        context.folder.write(file, anew=before[kind] is not None)
+        anew = then is not None and not context.folder.is_sound(then, context.cache)
+        context.folder.write(file, anew=anew)
 
 
 def plan_round(context: RunContext, round_index: int) -> RolloutPlan:

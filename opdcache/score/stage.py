@@ -5,6 +5,7 @@ Every rollout shard is scored by its task's teacher, and by every reference.
 
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import get_args
 
@@ -143,7 +144,8 @@ def _run(context: RunContext, round_index: int, *, anew: bool) -> ScoreRound:
             )
     finally:
         context.progress.end()
-        teachers.close()
+        with suppress(Exception):  # an engine that broke may not stop in order
+            teachers.close()
     aside = context.folder.failures.aside("scores", tasks)
     failed = {
         task.rollout.content: aside[key]
@@ -151,7 +153,8 @@ def _run(context: RunContext, round_index: int, *, anew: bool) -> ScoreRound:
         if key in aside and context.cache.serve(task.rollout.content, task.need) is None
     }
     where = f"round {round_index} score"
-    context.folder.failures.refuse(failed, context.config.max_failed_shards, where)
+    most = context.config.max_failed_shards
+    context.folder.failures.refuse(failed, most, len(sampled.shards), where)
     references = {
         name: tuple(_served(context, task) for task in of if task.rollout.content not in failed)
         for name, of in plan.references.items()

@@ -69,7 +69,7 @@ class TransformersScorer:
                 fits = False  # the error holds tensors until the block is left
             left = [row for place, row in enumerate(left) if place not in done]
             if not fits:
-                self._halve(int(part.lengths.max()))
+                self._halve(int(sequences.lengths[left].max()))
 
     def _halve(self, longest: int) -> None:
         """Take smaller batches from now on.

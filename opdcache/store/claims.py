@@ -74,7 +74,7 @@ class Claims:
     lease_s: float = 60.0
     clock: Callable[[], float] = time.monotonic
     _seen: dict[str, tuple[str | None, float]] = field(default_factory=dict)
-    _holders: dict[str, ClaimedProcess] = field(default_factory=dict)
+    _holders: dict[str, tuple[str | None, ClaimedProcess]] = field(default_factory=dict)
 
     @contextmanager
     def hold(self, kind: str, key: str) -> Iterator[bool]:
@@ -139,10 +139,12 @@ class Claims:
         if now - since >= self.lease_s:
             return True
         try:
-            if claim.path not in self._holders:
-                holder = json.loads(self.objects.get(claim.path))["process"]
-                self._holders[claim.path] = ClaimedProcess(**holder)
-            return self._holders[claim.path].is_gone()
+            known, holder = self._holders.get(claim.path, (None, None))
+            if holder is None or known != claim.etag:  # a path is taken again, by another
+                read = json.loads(self.objects.get(claim.path))["process"]
+                holder = ClaimedProcess(**read)
+                self._holders[claim.path] = (claim.etag, holder)
+            return holder.is_gone()
         except (ObjectMissing, ValueError, KeyError, TypeError):
             return False
 

@@ -30,7 +30,7 @@ from obstore.store import LocalStore, MemoryStore, from_url
 if TYPE_CHECKING:
     from obstore.store import RetryConfig
 
-from ..errors import ObjectMissing, StoreError, StoreFull, StoreUnavailable
+from ..errors import NotAllowed, ObjectMissing, StoreError, StoreFull, StoreUnavailable
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -245,7 +245,7 @@ def _errors(where: str) -> Iterator[None]:
     except FileNotFoundError as error:
         raise ObjectMissing("no such object", where=where) from error
     except (PermissionDeniedError, UnauthenticatedError, PermissionError) as error:
-        raise StoreError("not allowed", where=where, remedy=_ASK) from error
+        raise NotAllowed("not allowed", where=where, remedy=_ASK) from error
     except AlreadyExistsError:
         raise
     except (BaseError, OSError, ValueError) as error:
@@ -255,7 +255,7 @@ def _errors(where: str) -> Iterator[None]:
                 "no space left", where=where, remedy="free some, then run the same command again"
             ) from error
         if _DENIED.search(str(error)):
-            raise StoreError("not allowed", where=where, remedy=_ASK) from error
+            raise NotAllowed("not allowed", where=where, remedy=_ASK) from error
         if _PASSING.search(str(error)):
             raise StoreUnavailable(reason, where=where, remedy="try again") from error
         raise StoreError(reason, where=where) from error

@@ -19,6 +19,7 @@ from ..errors import (
     InputsMissing,
     IntegrityError,
     InvalidShard,
+    NotAllowed,
     ObjectMissing,
     OpdcacheError,
     UnknownSchema,
@@ -162,7 +163,8 @@ def quarantining(cache: Cache) -> Iterator[None]:
         yield
     except OpdcacheError as error:
         if error.commit is not None and _is_wrong(error):
-            _put_aside(cache, error.commit, deep=True)
+            with suppress(NotAllowed):  # another user's to put aside
+                _put_aside(cache, error.commit, deep=True)
         raise
 
 
@@ -262,12 +264,13 @@ def collect(cache: Cache, found: list[Garbage]) -> list[Garbage]:
     # An attempt that was not committed is of no use to a run that pins its key.
     free = [i for i in found if i.key not in (taken_up if i.commit is not None else claimed)]
     committed = _attempts(cache) if free else set()
-    gone = [item for item in free if _is_as_found(item, committed)]
-    for item in gone:
-        if item.commit is not None:
-            cache.objects.delete(item.commit)
-        for path in item.objects:
-            cache.objects.delete(path)
+    gone = []
+    for item in free:
+        if _is_as_found(item, committed):
+            with suppress(NotAllowed):  # another user's
+                for path in (*([item.commit] if item.commit is not None else []), *item.objects):
+                    cache.objects.delete(path)
+                gone.append(item)
     return gone
 
 

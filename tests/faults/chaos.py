@@ -36,7 +36,8 @@ class Summary:
     Attributes:
         kills: processes killed; by_kind: how many of which.
         ended_workers: workers that this ended: a launcher takes all of its own with it.
-        redone_shards: shards that they were at.
+        redone_shards: shards that they held a claim on, and so had to be made again.
+        unfinished: attempts at shards that left data and no commit.
         lost, duplicated: shards that an undisturbed run has and these have not; and the reverse.
         claims_left: claims that nobody holds.
         unsound: what a deep verification says.
@@ -48,6 +49,7 @@ class Summary:
     by_kind: dict[str, int] = field(default_factory=dict)
     ended_workers: int = 0
     redone_shards: int = 0
+    unfinished: int = 0
     lost: int = 0
     duplicated: int = 0
     claims_left: int = 0
@@ -58,7 +60,8 @@ class Summary:
     def is_whole(self) -> bool:
         """Whether nothing was lost, doubled or changed."""
         harm = self.lost + self.duplicated + self.claims_left + self.unsound
-        return not harm and self.student_identical and self.redone_shards <= self.ended_workers
+        left = max(self.redone_shards, self.unfinished)
+        return not harm and self.student_identical and left <= self.ended_workers
 
 
 def run_file(folder: Path, name: str, student: Path, teacher: Path, cache: str) -> Path:
@@ -146,6 +149,7 @@ def look(path: Path, whole: Path, summary: Summary) -> None:
     summary.lost += len(theirs.commits - ours.commits)
     summary.duplicated += len(ours.commits - theirs.commits)
     summary.claims_left += len(ours.claims)
+    summary.unfinished += ours.num_attempts - len(ours.commits)
     summary.student_identical &= ours.students == theirs.students
     verify = [sys.executable, "-m", "opdcache.cli.main", "cache", "verify", "--deep"]
     done = subprocess.run([*verify, load_run(path).cache], capture_output=True, check=False)
@@ -158,6 +162,8 @@ class _Found:
     def __init__(self, config: RunConfig) -> None:
         assert config.output is not None
         cache, folder = Cache(config.cache), RunFolder(Path(config.output))
+        data = (info.path.split("/") for info in cache.objects.list("data"))
+        self.num_attempts = len({(parts[2], parts[3]) for parts in data})
         self.commits = {info.path for info in cache.objects.list("commits")}
         held = {info.path for info in cache.objects.list("claims")}
         self.claims = held | {str(path) for path in folder.path.glob("claims/*/*")}

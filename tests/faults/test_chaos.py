@@ -41,7 +41,8 @@ def test_a_server_that_comes_and_goes_beside_them_changes_nothing_either(
             s3.kill()
             s3.start()
 
-    disturb(torn, lasts_s, 3, random.Random(8), summary, restart)
+    disturb(torn, lasts_s, KILLS, random.Random(8), summary, restart)
+    assert summary.kills == KILLS
     assert left == [], "the run ended before the server was restarted so often"
     look(torn, whole, summary)
     print(json.dumps(asdict(summary)))

@@ -4,7 +4,7 @@
 #SBATCH --job-name=@{name}
 #SBATCH --nodes=@{nodes}
 #SBATCH --ntasks-per-node=@{ranks}
-#SBATCH --output=@{logs}/@{name}.log
+#SBATCH --output=@{log}
 #SBATCH --open-mode=append
 #SBATCH --requeue
 #SBATCH --signal=USR1@@@{warn_s}
@@ -12,12 +12,26 @@
 
 @{setup}
 @{threads}
-srun --kill-on-bad-exit=1 @{command}
+# srun tells the largest of its tasks' exit codes, and those that lost another end with 75: the one
+# that cannot succeed later leaves its own.
+export FAULT=@{fault}
+rm -f "$FAULT"
+srun --kill-on-bad-exit=1 bash -c '
+    trap : USR1 TERM # for the command, which is waited for
+    "$@"
+    code=$?
+    ((code == 0 || code == 75 || code > 128)) || echo $code > "$FAULT"
+    exit $code
+' rank @{command}
 code=$?
+if [ -s "$FAULT" ]; then code=$(cat "$FAULT"); fi
 
 # 75: the same command may succeed later; above 128: a signal ended it. Slurm itself requeues only
 # after a lost node or a preemption.
 if ((code == 75 || code > 128)) && ((${SLURM_RESTART_COUNT:-0} < @{max_requeues})); then
-    scontrol requeue "$SLURM_JOB_ID" && exit 0
+    for pause in 1 5 20 60 60 0; do # the controller may be away
+        scontrol requeue "$SLURM_JOB_ID" && exit 0
+        sleep $pause
+    done
 fi
 exit $code
