@@ -22,7 +22,7 @@ from .store.claims import ClaimedProcess
 
 _EVERY_S, _BEAT_S = 2.0, 20.0
 _SILENT_S = 5 * _BEAT_S
-"""A worker that has said nothing for so long is gone, as far as anybody can tell: clocks of machines
+"""A worker that has said nothing for so long is gone, as far as anybody can tell: machines' clocks
 may differ, so this is for people alone."""
 
 
