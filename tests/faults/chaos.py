@@ -25,7 +25,7 @@ from opdcache.schemas.config import RunConfig
 from opdcache.store.cache import Cache
 
 ROUNDS, WORKERS = 3, 4
-A_RUN = 12
+A_RUN = 25
 """Kills of one run at most: more of them are spread over more runs."""
 
 
@@ -127,7 +127,7 @@ def disturb(
     """
     config, began = load_run(path), time.monotonic()
     launcher, made = _start(path), 0
-    following, wanted = _next(began, lasts_s, at_random)
+    following, wanted = _next(began, lasts_s / kills, at_random)
     while True:
         meanwhile(time.monotonic() - began)
         if launcher.poll() is not None:
@@ -138,7 +138,7 @@ def disturb(
         due = made < kills and time.monotonic() >= following
         if due and _kill_one(config, launcher.pid, wanted, at_random, summary):
             made += 1
-            following, wanted = _next(time.monotonic(), lasts_s, at_random)
+            following, wanted = _next(time.monotonic(), lasts_s / kills, at_random)
         time.sleep(0.02)
     summary.runs += 1
 
@@ -177,10 +177,10 @@ def _start(path: Path) -> "subprocess.Popen[bytes]":
         return subprocess.Popen(command, stdout=log, stderr=log)
 
 
-def _next(now: float, lasts_s: float, at_random: random.Random) -> tuple[float, str]:
+def _next(now: float, mean_s: float, at_random: random.Random) -> tuple[float, str]:
     """When the next kill is due, and whether it waits for a worker, as most do: what starts them
     takes longer to come back than they do."""
-    due = now + at_random.uniform(0, 2 * lasts_s / A_RUN)
+    due = now + at_random.uniform(0, 2 * mean_s)
     return due, "worker" if at_random.random() < 0.8 else "any"
 
 
