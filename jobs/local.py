@@ -165,19 +165,16 @@ def _devices(job: Job, index: int) -> dict[str, str]:
     return {"CUDA_VISIBLE_DEVICES": ",".join((names * 2)[first : first + each])}
 
 
-def run_command(*arguments: str, num_processes: int = 1) -> int:
+def run_command(*arguments: str) -> int:
     """One ``opdcache`` command in a process of its own; its exit code.
 
     A signal that stops this process stops the command first, gracefully.
-
-    Args:
-        num_processes: among which the command divides the cores.
 
     Raises:
         StageError: a signal ended it.
     """
     command = [sys.executable, "-m", "opdcache.cli.main", *arguments]
-    threads = {"OMP_NUM_THREADS": str(threads_each(num_processes))}
+    threads = {"OMP_NUM_THREADS": str(threads_each(1))}
     process = subprocess.Popen(command, env={**threads, **os.environ})
     with interrupts(process.terminate):
         code = process.wait()

@@ -121,10 +121,7 @@ def make_shards(
     made, pending, in_a_row = 0, worker.ordered(list(tasks.items())), set[str]()
     pause_s = poll_s
     while pending:
-        aside = failures.aside(kind, tasks) if failures is not None else {}
-        sound = [item for item in pending if item[0] not in aside]
-        there = cache.objects.each(lambda item: is_done(item[1]), sound)
-        undone = [item for item, is_there in zip(sound, there, strict=True) if not is_there]
+        undone = _undone(cache, kind, pending, is_done, failures)
         if len(undone) < len(pending):
             progress.advance(len(pending) - len(undone), 0)
         held = cache.claims.held(kind)
@@ -146,16 +143,14 @@ def make_shards(
                 else:
                     with timed(progress, "start"):
                         prepare(task)
-                    fault: Exception | None = None
-                    try:
-                        with timed(progress, "work"):
-                            made += _make(cache, key, task, compute, progress)
+                    with timed(progress, "work"):
+                        won, fault = _tried(cache, key, task, compute, progress)
+                    made += won
+                    if fault is None:
                         in_a_row.clear()
-                    except Exception as error:
-                        if failures is None or not is_the_shards_own(error):
-                            raise
-                        fault = error
-                    if fault is not None and failures is not None:
+                    elif failures is None:
+                        raise fault
+                    else:
                         left.append((key, task))
                         number = failures.note(kind, key, fault)
                         _say_failed(number, key, fault, progress)
@@ -171,6 +166,36 @@ def make_shards(
         pending = left
     cache.claims.clear(kind, tasks)
     return made
+
+
+def _undone(
+    cache: Cache,
+    kind: Kind,
+    pending: Sequence[tuple[str, Task]],
+    is_done: Callable[[Task], bool],
+    failures: Failures | None,
+) -> list[tuple[str, Task]]:
+    """Those that are neither committed nor set aside, looked at several at once."""
+    aside = failures.aside(kind, [key for key, _ in pending]) if failures is not None else {}
+    sound = [item for item in pending if item[0] not in aside]
+    there = cache.objects.each(lambda item: is_done(item[1]), sound)
+    return [item for item, is_there in zip(sound, there, strict=True) if not is_there]
+
+
+def _tried(
+    cache: Cache,
+    key: str,
+    task: Task,
+    compute: Callable[[Task, Attempt], RolloutManifest | ScoreManifest],
+    progress: Progress,
+) -> tuple[bool, Exception | None]:
+    """Whether this worker committed a shard, or the fault that is the shard's own."""
+    try:
+        return _make(cache, key, task, compute, progress), None
+    except Exception as error:
+        if not is_the_shards_own(error):
+            raise
+        return False, error
 
 
 def _is_aside(failures: Failures | None, kind: Kind, key: str) -> bool:

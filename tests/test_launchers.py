@@ -36,8 +36,8 @@ LAUNCH: dict[str, Any] = {
     },
     "kubernetes": {
         "image": "registry/opdcache:1",
-        "claims": {"work": "/work"},
-        "env": {"HF_HOME": "/work/hf"},
+        "claims": {"work": "/data"},
+        "env": {"HF_HOME": "/data/hf"},
         "secrets": ["store"],
         "warn_s": 90,
         "max_retries": 7,
@@ -343,12 +343,12 @@ def test_manifests_are_what_kubernetes_takes_and_what_the_run_file_says(tmp_path
     assert container["resources"]["limits"] == {"nvidia.com/gpu": 1, "cpu": 4}
     assert {e["name"]: e["value"] for e in container["env"]} == {
         "OMP_NUM_THREADS": "4",
-        "HF_HOME": "/work/hf",
+        "HF_HOME": "/data/hf",
     }
     assert container["envFrom"] == [{"secretRef": {"name": "store"}}]
     assert container["volumeMounts"] == [
         {"name": "shared-memory", "mountPath": "/dev/shm"},
-        {"name": "work", "mountPath": "/work"},
+        {"name": "work", "mountPath": "/data"},
     ]
     assert score["spec"]["template"]["spec"]["containers"][0]["resources"]["limits"] == {
         "memory": "64Gi"
