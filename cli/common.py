@@ -1,6 +1,6 @@
 """Options and opening of a run, as the commands share them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -11,6 +11,7 @@ from .progress import make_progress
 if TYPE_CHECKING:
     from ..rounds import Step
     from ..runfolder import RunContext
+    from ..schemas.audit import AuditLimits
     from ..stage import Worker
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -34,6 +35,41 @@ def worker_option(function: Command) -> Command:
         show_default=True,
     )
     return option(function)
+
+
+def cache_option(function: Command) -> Command:
+    """--cache URL."""
+    option = click.option("--cache", metavar="URL", help="where keys are looked up")
+    return option(function)
+
+
+def chosen_rounds(function: Command) -> Command:
+    """--round R, many times."""
+    option = click.option(
+        "--round",
+        "rounds",
+        type=click.IntRange(min=0),
+        multiple=True,
+        metavar="R",
+        help="of a run, may be given again; every scored one by default",
+    )
+    return option(function)
+
+
+def audit_limits(own: "AuditLimits | None", given: Sequence[str]) -> "AuditLimits":
+    """Limits of a run file, some of them replaced by ``NAME=VALUE``."""
+    from pydantic import ValidationError
+
+    from ..schemas.audit import AuditLimits
+
+    changed = dict(item.partition("=")[::2] for item in given)
+    try:
+        return AuditLimits.model_validate({**(own or AuditLimits()).model_dump(), **changed})
+    except ValidationError as error:
+        first = error.errors()[0]
+        known = ", ".join(AuditLimits.model_fields)
+        text = f"{first['loc'][0]}: {first['msg']} (known limits: {known})"
+        raise click.BadParameter(text, param_hint="--limit") from error
 
 
 def num_ranks_option(function: Command) -> Command:

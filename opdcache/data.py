@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from .errors import InputsMissing
 from .runfolder import RunFolder
 from .schemas.columns import ScoreColumn
-from .schemas.rounds import RolloutShard, ScoreRound, ServedColumns
+from .schemas.rounds import RolloutShard, ServedColumns
 from .store import rollouts as tables
 from .store.cache import Cache, ScoreSet
 from .store.scores import Scores
@@ -141,7 +141,7 @@ def of_run(run: Path | str, rounds: Iterable[int] | None = None) -> list[Scored]
         InputsMissing: the run has no scored round, or not one that was asked for.
     """
     folder, listed = RunFolder(Path(run)), list[Scored]()
-    for index in _scored_rounds(folder) if rounds is None else rounds:
+    for index in folder.scored_rounds() if rounds is None else rounds:
         rollouts, scores = folder.scored(index)
         listed += [
             Scored(shard, scored.teacher, scored.served)
@@ -315,13 +315,6 @@ class _Rows:
             loss_mask=here["loss_mask"],
             scores=scores,
         )
-
-
-def _scored_rounds(folder: RunFolder) -> Iterator[int]:
-    index = 0
-    while folder.find(ScoreRound, index) is not None:
-        yield index
-        index += 1
 
 
 def _only(

@@ -51,6 +51,7 @@ _MAY_CHANGE: Mapping[str, Any] = {
     "output": True,
     "max_failed_shards": True,
     "launch": True,
+    "audit": True,
     "teacher": _SERVICE,
     "teachers": {"__all__": _SERVICE},
     "references": {"__all__": _SERVICE},
@@ -143,6 +144,13 @@ class RunFolder:
         rollouts, scores = self.need(RolloutRound, round_index), self.need(ScoreRound, round_index)
         shards = tuple(s for s in rollouts.shards if s.content not in scores.failed)
         return rollouts.model_copy(update={"shards": shards}), scores
+
+    def scored_rounds(self) -> Iterator[int]:
+        """Rounds that are scored, from the first on."""
+        index = 0
+        while self.find(ScoreRound, index) is not None:
+            yield index
+            index += 1
 
     def is_done(self, config: RunConfig, stage: Stage, round_index: int, cache: Cache) -> bool:
         """Whether a stage of a round has written its files, and what they pin is still there."""

@@ -4,6 +4,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, JsonValue, model_validator
 
+from .audit import AuditLimits
 from .base import Model
 from .columns import Compression, ScoreColumn
 from .launch import LaunchConfig
@@ -243,6 +244,7 @@ class RunConfig(Model):
     score: ScoreConfig = Field(ScoreConfig(), description="score stage")
     train: TrainConfig = Field(TrainConfig(), description="train stage")
     evaluation: EvaluationConfig | None = Field(None, description="held-out evaluation")
+    audit: AuditLimits = Field(AuditLimits(), description="limits of the audit's verdict")
     launch: LaunchConfig = Field(LaunchConfig(), description="how the work is spread")
 
     @model_validator(mode="after")

@@ -4,6 +4,7 @@ import json
 import sys
 from pathlib import Path
 
+from .audit import Audit
 from .base import Model
 from .config import RunConfig
 from .manifests import RolloutManifest, ScoreManifest
@@ -31,6 +32,7 @@ DOCUMENTS: dict[str, type[Model]] = {
     "plan": Plan,
     "rates": Rates,
     "status": RunStatus,
+    "audit": Audit,
 }
 
 

@@ -136,10 +136,11 @@ class Cache:
         found = self.objects.each(self.rollouts, wanted)
         return {key: manifest for key, manifest in zip(wanted, found, strict=True) if manifest}
 
-    def score_sets(self, content: str, teacher: str) -> list[ScoreManifest]:
-        """Every committed score set of a rollout content by one teacher, oldest first."""
+    def score_sets(self, content: str, teacher: str | None = None) -> list[ScoreManifest]:
+        """Every committed score set of a rollout content, oldest first; by one teacher, or all."""
         listed = self.objects.list(f"commits/scores/{content[:3]}")
-        ours = [i for i in listed if score_names(i.path)[:2] == (content, teacher)]
+        named = [(i, *score_names(i.path)[:2]) for i in listed]
+        ours = [i for i, of, by in named if of == content and teacher in (None, by)]
         ours.sort(key=lambda info: (info.last_modified, info.path))
         found = [self._load(info.path, ScoreManifest) for info in ours]
         return [manifest for manifest in found if manifest is not None]

@@ -1,0 +1,1 @@
+"""Looking at what is stored: diagnostics, comparisons, single completions, reports. No torch."""

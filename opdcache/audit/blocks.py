@@ -1,0 +1,182 @@
+"""Stored completions with all scores, some consecutive ones at a time, so that memory is bounded.
+
+Legend: N completions, T completion tokens, S recorded student entries a token, K kept ones.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from ..errors import InvalidShard
+from ..store import rollouts as tables
+from ..store.cache import Cache, ScoreSet, commit_path
+from ..store.scores import Scores
+from .targets import Shard
+
+Floats = NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class Entries:
+    """A model's likeliest entries of every token.
+
+    Attributes:
+        ids: int32 [T, S], likeliest first.
+        logprobs: float32 [T, S], nats, over the full vocabulary.
+        num_kept: int [T]; entries past it hold no information.
+    """
+
+    ids: NDArray[np.int32]
+    logprobs: Floats
+    num_kept: NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Consecutive completions of a shard. Index t is what predicts completion token t.
+
+    Attributes:
+        first_row: of the shard.
+        table: the completions' rows.
+        offsets: int64 [N + 1], of their tokens.
+        token_ids: int32 [T].
+        supervised: bool [T].
+        behavior_logprobs: float32 [T], log p of the sampled token; None when it is not known.
+        student: the policy's likeliest entries; None when none were recorded or scored.
+        scores: the teacher's.
+        own: the policy's scores of its own completions.
+        num_ids: ids that the student can produce.
+        step: quantisation step of the teacher's log-probs, see ``store.codec``.
+    """
+
+    first_row: int
+    table: pa.Table
+    offsets: NDArray[np.int64]
+    token_ids: NDArray[np.int32]
+    supervised: NDArray[np.bool_]
+    behavior_logprobs: Floats | None
+    student: Entries | None
+    scores: Scores
+    own: Scores | None
+    num_ids: int
+    step: float
+
+    @property
+    def rows(self) -> NDArray[np.int64]:
+        """Int64 [T]: the completion, from 0 on, of each token."""
+        return np.repeat(np.arange(len(self.offsets) - 1), np.diff(self.offsets))
+
+    @property
+    def positions(self) -> NDArray[np.int64]:
+        """Int64 [T]: depth of each token in its completion."""
+        return np.arange(int(self.offsets[-1])) - np.repeat(
+            self.offsets[:-1], np.diff(self.offsets)
+        )
+
+    @property
+    def advantages(self) -> NDArray[np.float64] | None:
+        """Float64 [T]: log q - log p of the sampled token, nats; None when either is not there."""
+        if self.behavior_logprobs is None or self.scores.sampled_logprobs is None:
+            return None
+        return self.scores.sampled_logprobs.astype(np.float64) - self.behavior_logprobs
+
+    @property
+    def teacher(self) -> Entries | None:
+        """The teacher's likeliest entries; None when they are not stored."""
+        return _entries(self.scores)
+
+
+def blocks(cache: Cache, shard: Shard) -> Iterator[Block]:
+    """A shard's completions in order.
+
+    Raises:
+        ObjectMissing, ChecksumMismatch, InvalidShard: it is not what was committed, or its scores
+            are not of its completions.
+    """
+    scored = shard.scored
+    manifest = cache.need_rollouts(scored.rollouts)
+    opened = cache.open_rollouts(manifest, whole=False)
+    content = scored.rollouts.content
+    scores = cache.open_score_set(content, scored.teacher, scored.served, whole=False)
+    own = cache.open_score_set(content, shard.student, shard.own, whole=False)
+    step = max(manifest.identity.step for _, _, manifest in scores.parts)
+    first_row = 0
+    for number in range(len(opened.starts) - 1):
+        table = opened.group(number)
+        theirs, ours = _read(scores, table, first_row), _read(own, table, first_row)
+        assert theirs is not None
+        yield _block(table, first_row, theirs, ours, manifest.vocab_size, step)
+        first_row += table.num_rows
+
+
+def _read(scores: ScoreSet, table: pa.Table, first_row: int) -> Scores | None:
+    """Of a table's completions; None of no score set."""
+    if not scores.parts:
+        return None
+    rows = slice(first_row, first_row + table.num_rows)
+    lengths = np.diff(tables.token_offsets(table))
+    for _, opened, manifest in scores.parts:
+        held = np.diff(opened.token_offsets)[rows]
+        if not np.array_equal(held, lengths):
+            raise InvalidShard(
+                "the scores are not of these completions: their lengths differ",
+                where=commit_path(manifest),
+                expected=f"{int(lengths.sum())} tokens in rows {rows.start} to {rows.stop - 1}",
+                got=int(held.sum()),
+                remedy="'opdcache cache verify --deep' puts the score set aside; score it again",
+            )
+    return scores.read(rows)
+
+
+def _block(
+    table: pa.Table, first_row: int, scores: Scores, own: Scores | None, num_ids: int, step: float
+) -> Block:
+    columns = _columns(table)
+    behavior = columns.get("behavior_logprobs")
+    if behavior is None and own is not None:
+        behavior = own.sampled_logprobs
+    return Block(
+        first_row=first_row,
+        table=table,
+        offsets=tables.token_offsets(table),
+        token_ids=columns["completion_token_ids"],
+        supervised=tables.supervised_tokens(table),
+        behavior_logprobs=behavior,
+        student=_recorded(columns) or (None if own is None else _entries(own)),
+        scores=scores,
+        own=own,
+        num_ids=num_ids,
+        step=step,
+    )
+
+
+def _columns(table: pa.Table) -> dict[str, NDArray[Any]]:
+    """The columns of a value, or of some, a token."""
+    return {
+        name: tables.flat_tokens(table, name, dtype)
+        for name, dtype in (
+            ("completion_token_ids", np.int32),
+            ("behavior_logprobs", np.float32),
+            ("student_topk_ids", np.int32),
+            ("student_topk_logprobs", np.float32),
+        )
+        if name in table.column_names
+    }
+
+
+def _recorded(columns: Mapping[str, NDArray[Any]]) -> Entries | None:
+    if "student_topk_ids" not in columns:
+        return None
+    ids = columns["student_topk_ids"]
+    return Entries(ids, columns["student_topk_logprobs"], np.full(len(ids), ids.shape[1]))
+
+
+def _entries(scores: Scores) -> Entries | None:
+    topk = scores.topk
+    if topk is None:
+        return None
+    return Entries(topk.ids, topk.logprobs, topk.num_kept.astype(np.int64))

@@ -1,0 +1,166 @@
+"""The audit: every diagnostic that shards can give, and what speaks against them."""
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+
+import numpy as np
+
+from ..errors import IntegrityError, ObjectMissing
+from ..schemas.audit import Audit, AuditLimits, Finding, PartAudit
+from ..store.cache import Cache
+from .blocks import blocks
+from .checks import Checks
+from .tally import Judge, Look, Tally
+from .targets import Part, Shard, Target
+from .verdict import verdict
+
+
+def audit(
+    target: Target,
+    *,
+    k: int = 16,
+    chunk_tokens: int = 1024,
+    limits: AuditLimits | None = None,
+    judge: Judge | None = None,
+    advance: Callable[[int], None] = lambda num_tokens: None,
+) -> Audit:
+    """Read every shard of a target once, in bounded memory.
+
+    A shard that cannot be read, or is not what was committed, is a finding, and in no number.
+
+    Args:
+        k: entries that the overlap is taken of.
+        chunk_tokens: tokens of a position chunk.
+        judge: tells which completions are correct.
+        advance: told the tokens of each shard that is done.
+    """
+    started, limits = time.monotonic(), limits or AuditLimits()
+    look = Look(k, chunk_tokens, target.special, limits.special_outlier_nats, judge)
+    total, parts, findings = Tally(look), list[PartAudit](), list[Finding]()
+    for part in target.parts:
+        reader = _Reader(target.cache, look, limits)
+        for shard in part.shards:
+            reader.read(shard, part.name)
+            advance(shard.scored.rollouts.num_tokens)
+        parts.append(reader.summary(part))
+        findings += reader.findings
+        findings += _unlike_others(reader.advantages, limits, part.name)
+        total.merge(reader.tally)
+    findings += verdict(parts, limits)
+    return Audit(
+        of=target.name,
+        k=k,
+        chunk_tokens=chunk_tokens,
+        limits=limits,
+        parts=tuple(parts),
+        total=total.diagnostics(),
+        findings=tuple(sorted(findings, key=lambda finding: finding.level != "no-go")),
+        elapsed_s=round(time.monotonic() - started, 3),
+    )
+
+
+class _Reader:
+    """Reads the shards of one part.
+
+    Attributes:
+        tally: of the shards that could be read.
+        findings: what is wrong with shards.
+        advantages: each shard's mean advantage, by its task, teacher and name.
+    """
+
+    def __init__(self, cache: Cache, look: Look, limits: AuditLimits) -> None:
+        self._cache, self._look, self._limits = cache, look, limits
+        self.tally, self.findings = Tally(look), list[Finding]()
+        self.advantages: dict[tuple[str, str], dict[str, float]] = {}
+        self._num_unreadable = 0
+
+    def read(self, shard: Shard, part: str) -> None:
+        """Put in a shard, or say why not."""
+        where = f"{part}, shard {shard.name}"
+        tally, checks = Tally(self._look), Checks()
+        self.findings += _other_teacher(shard, where)
+        try:
+            faults = _counted(self._cache, shard)
+            for block in blocks(self._cache, shard):
+                checks.add(block)
+                tally.add(block, faults)
+                faults = {} if faults is not None else None
+        except (IntegrityError, ObjectMissing) as error:
+            self._num_unreadable += 1
+            self.findings.append(
+                Finding(check="unreadable shard", level="no-go", where=where, reason=str(error))
+            )
+            return
+        self.findings += checks.findings(self._limits, where)
+        advantage = tally.sums.mean("advantage")
+        if advantage is not None:
+            group = shard.scored.rollouts.task, shard.scored.teacher
+            self.advantages.setdefault(group, {})[where] = advantage
+        self.tally.merge(tally)
+
+    def summary(self, part: Part) -> PartAudit:
+        """What is said of the part."""
+        return PartAudit(
+            name=part.name,
+            round=part.round,
+            students=_distinct(shard.student for shard in part.shards),
+            teachers=_distinct(shard.scored.teacher for shard in part.shards),
+            num_shards=len(part.shards),
+            num_unreadable=self._num_unreadable,
+            num_own=sum(bool(shard.own) for shard in part.shards),
+            diagnostics=self.tally.diagnostics(),
+            by_position=self.tally.by_position(),
+            by_k=self.tally.by_k(),
+            completions=self.tally.completions(),
+            repetition=self.tally.repetition(),
+            reward=self.tally.reward(),
+            special=self.tally.special(),
+        )
+
+
+def _distinct(names: Iterator[str]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(names))
+
+
+def _counted(cache: Cache, shard: Shard) -> Mapping[str, int] | None:
+    """Truncated and repetitive completions, as the manifest counts them; None when it does not."""
+    quality = cache.need_rollouts(shard.scored.rollouts).quality
+    return {str(name): num for name, num in quality.items()} or None
+
+
+def _other_teacher(shard: Shard, where: str) -> Iterator[Finding]:
+    expected = shard.expected_teacher
+    if expected is not None and expected != shard.scored.teacher:
+        yield Finding(
+            check="wrong teacher",
+            level="no-go",
+            where=where,
+            reason=f"the scores are of model {shard.scored.teacher[:12]}, and the run's teacher is "
+            f"{expected[:12]}; score the round again",
+        )
+
+
+def _unlike_others(
+    advantages: Mapping[tuple[str, str], Mapping[str, float]],
+    limits: AuditLimits,
+    part: str,
+) -> Iterator[Finding]:
+    """Shards of one task and teacher that are far from the others, by the median deviation."""
+    for by_shard in advantages.values():
+        if len(by_shard) < 4:
+            continue
+        values = np.array(list(by_shard.values()))
+        away = np.abs(values - np.median(values))
+        limit = max(limits.max_shard_deviation_nats, 8 * float(np.median(away)))
+        for where, value, far in zip(by_shard, values.tolist(), away.tolist(), strict=True):
+            if far > limit:
+                yield Finding(
+                    check="wrong teacher",
+                    level="no-go",
+                    where=where,
+                    value=far,
+                    limit=limit,
+                    reason=f"its mean advantage of {value:.2f} nats is {far:.2f} away from the "
+                    f"median of {part}: scored by another model, or under another prompt, than "
+                    "the other shards; score it again",
+                )
