@@ -109,7 +109,9 @@ def _run(context: RunContext, round_index: int, *, anew: bool) -> ScoreRound:
     started = time.monotonic()
     need_compression(context.config.score.compression)
     sampled = context.folder.need(RolloutRound, round_index)
-    _refuse_another_policy(context, sampled)
+    for name, reference in context.config.references.items():
+        if reference.model == STUDENT:
+            _refuse_another_policy(context, sampled, f"references.{name}: {STUDENT}")
     plan = plan_shards(context, sampled.shards, round_index)
     tasks = plan.tasks
     cache = context.cache
@@ -124,35 +126,9 @@ def _run(context: RunContext, round_index: int, *, anew: bool) -> ScoreRound:
     )
     contents = [shard.content for shard in sampled.shards]
     context.folder.write_plan(ScoreRound, round_index, tasks, missing, contents)
-    teachers = Teachers(context)
-    context.progress.begin(f"round {round_index} score", len(tasks), "shards")
-    try:
-        with interrupts(give_up):
-            make_shards(
-                context.cache,
-                "scores",
-                tasks,
-                is_done=lambda task: (
-                    context.cache.serve(task.rollout.content, task.need) is not None
-                ),
-                compute=_Scorer(context, teachers).make,
-                prepare=lambda task: teachers.of(task.model),
-                renew=teachers.close,
-                failures=context.folder.failures,
-                worker=context.worker,
-                progress=context.progress,
-            )
-    finally:
-        context.progress.end()
-        with suppress(Exception):  # an engine that broke may not stop in order
-            teachers.close()
-    aside = context.folder.failures.aside("scores", tasks)
-    failed = {
-        task.rollout.content: aside[key]
-        for key, task in tasks.items()
-        if key in aside and context.cache.serve(task.rollout.content, task.need) is None
-    }
     where = f"round {round_index} score"
+    _make(context, tasks, where)
+    failed = _failed(context, tasks)
     most = context.config.max_failed_shards
     context.folder.failures.refuse(failed, most, len(sampled.shards), where)
     references = {
@@ -178,17 +154,76 @@ def _run(context: RunContext, round_index: int, *, anew: bool) -> ScoreRound:
     return context.folder.need(ScoreRound, round_index)
 
 
-def _refuse_another_policy(context: RunContext, sampled: RolloutRound) -> None:
-    """Raise where the policy that sampled is a reference, and it is not this run's student."""
-    named = [n for n, model in context.config.references.items() if model.model == STUDENT]
-    if named and (policy := context.policy(sampled.round)) != sampled.student:
+def run_student(context: RunContext, round_index: int) -> None:
+    """Score a round's policy on its own completions, for whoever looks at them: its entropy, and
+    likeliest entries. They are in the cache beside the teacher's, and no loss reads them.
+
+    Raises:
+        InputsMissing: the round has no rollouts yet.
+        ConfigError: they are another policy's.
+    """
+    sampled = context.folder.need(RolloutRound, round_index)
+    _refuse_another_policy(context, sampled, "--student")
+    config = TeacherConfig(
+        model=str(context.student(round_index)), dtype=context.config.rollout.dtype
+    )
+    model = _model(config, sampled.student, context.resolved.vocab_size)
+    columns = frozenset[ScoreColumn]({"sampled", "entropy", "topk"})
+    planned = (_task(context, shard, model, columns) for shard in sampled.shards)
+    tasks = {task.key: task for task in planned}
+    context.cache.pin(context.resolved.run_id, "scores", tasks)
+    where = f"round {round_index} score of the student"
+    with quarantining(context.cache):
+        _make(context, tasks, where)
+    context.folder.failures.refuse(_failed(context, tasks), 0, len(tasks), where)
+
+
+def _make(context: RunContext, tasks: Mapping[str, ScoreTask], what: str) -> None:
+    """Make every set that nothing serves."""
+    teachers = Teachers(context)
+    context.progress.begin(what, len(tasks), "shards")
+    try:
+        with interrupts(give_up):
+            make_shards(
+                context.cache,
+                "scores",
+                tasks,
+                is_done=lambda task: (
+                    context.cache.serve(task.rollout.content, task.need) is not None
+                ),
+                compute=_Scorer(context, teachers).make,
+                prepare=lambda task: teachers.of(task.model),
+                renew=teachers.close,
+                failures=context.folder.failures,
+                worker=context.worker,
+                progress=context.progress,
+            )
+    finally:
+        context.progress.end()
+        with suppress(Exception):  # an engine that broke may not stop in order
+            teachers.close()
+
+
+def _failed(context: RunContext, tasks: Mapping[str, ScoreTask]) -> dict[str, str]:
+    """Contents whose set was set aside, and that no other set serves."""
+    aside = context.folder.failures.aside("scores", tasks)
+    return {
+        task.rollout.content: aside[key]
+        for key, task in tasks.items()
+        if key in aside and context.cache.serve(task.rollout.content, task.need) is None
+    }
+
+
+def _refuse_another_policy(context: RunContext, sampled: RolloutRound, asked_by: str) -> None:
+    """Raise where the policy that sampled is to score, and it is not this run's student."""
+    if (policy := context.policy(sampled.round)) != sampled.student:
         raise ConfigError(
-            f"references.{named[0]}: {STUDENT} is the policy that sampled, and these rollouts are "
-            "of another one than this run's student",
+            f"{asked_by}: it is the policy that sampled, and these rollouts are of another one "
+            "than this run's student",
             where=f"round {sampled.round}",
             expected=f"policy {policy[:12]}",
             got=sampled.student[:12],
-            remedy=f"name the folder of that policy in the place of {STUDENT}",
+            remedy="name the folder of that policy as a reference",
         )
 
 
