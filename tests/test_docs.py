@@ -7,6 +7,7 @@ import click
 import pytest
 
 from opdcache.cli.main import cli
+from opdcache.schemas.audit import AuditLimits
 from opdcache.schemas.columns import ROLLOUT_COLUMNS, SCORE_ARRAYS
 from opdcache.schemas.config import RunConfig
 from opdcache.schemas.launch import (
@@ -57,6 +58,14 @@ def test_every_key_of_a_launch_is_in_the_docs() -> None:
     kinds = (LaunchConfig, WorkersLaunch, TrainLaunch, SlurmLaunch, KubernetesLaunch)
     names = {name for kind in kinds for name in kind.model_fields}
     assert {name for name in names if f"`{name}`" not in text("docs/clusters.md")} == set()
+
+
+def test_every_limit_of_an_audit_is_in_the_docs_with_its_default() -> None:
+    lines = text("docs/audit.md").splitlines()
+    for name, field in AuditLimits.model_fields.items():
+        (line,) = (line for line in lines if line.startswith("| `") and f"`{name}`" in line)
+        names, defaults = (cell.split(", ") for cell in line.strip("| ").split(" | ")[:2])
+        assert float(defaults[names.index(f"`{name}`")]) == field.default
 
 
 def test_every_choice_of_a_loss_is_in_the_docs() -> None:

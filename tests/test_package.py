@@ -111,9 +111,9 @@ def test_parquet_is_read_and_written_in_the_store_and_where_tables_come_in_and_g
     assert importers("pyarrow.parquet") == {*doors, "opdcache.prompt_rows", "opdcache.export"}
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", [*STAGES, "audit"])
 def test_a_stage_imports_no_other_stage(stage: str) -> None:
-    others = [f"opdcache.{other}" for other in STAGES if other != stage]
+    others = [f"opdcache.{other}" for other in (*STAGES, "audit") if other != stage]
 
     assert importers(*others) & below(f"opdcache.{stage}") == set()
 
@@ -137,6 +137,7 @@ def test_the_contract_imports_nothing_outside_itself() -> None:
     [
         (
             (
+                "opdcache.costs",
                 "opdcache.errors",
                 "opdcache.identity",
                 "opdcache.near_copies",
@@ -155,12 +156,12 @@ def test_the_contract_imports_nothing_outside_itself() -> None:
             ("rollout", "score", "train", "rounds", "cli", "jobs"),
         ),
         (
-            ("opdcache.rollout", "opdcache.score", "opdcache.train"),
-            ("rounds", "planner", "planned", "measured", "costs", "cli", "jobs"),
+            ("opdcache.rollout", "opdcache.score", "opdcache.train", "opdcache.audit"),
+            ("rounds", "planner", "planned", "measured", "cli", "jobs"),
         ),
         (("opdcache.rounds", "opdcache.evaluate"), ("planner", "cli", "jobs")),
         (
-            ("opdcache.planner", "opdcache.planned", "opdcache.measured", "opdcache.costs"),
+            ("opdcache.planner", "opdcache.planned", "opdcache.measured"),
             ("cli", "jobs"),
         ),
         (
@@ -190,6 +191,7 @@ def test_a_layer_imports_only_downward(layer: tuple[str, ...], above: tuple[str,
         "opdcache.export",
         "opdcache.importing",
         "opdcache.quality",
+        "opdcache.audit",
         "opdcache.cli",
     ],
 )
@@ -266,7 +268,7 @@ for name in cli.commands:
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
 
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.count("Usage: ") == 10
+    assert done.stdout.count("Usage: ") == 11
 
 
 def test_status_needs_no_engine(run_yaml: Path) -> None:

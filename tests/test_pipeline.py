@@ -15,9 +15,11 @@ import pytest
 import torch
 import yaml
 
+from benchmarks.audit import dense_diagnostics
 from benchmarks.parity import parity
 from opdcache.rollout.engine import Draw, Sampler
 from opdcache.runfolder import RunFolder
+from opdcache.schemas.audit import Audit
 from opdcache.schemas.manifests import Sampling
 from opdcache.schemas.rounds import (
     EvaluationRound,
@@ -241,6 +243,27 @@ def test_evaluation_is_the_exact_reverse_kl(
     exact = folder.need(EvaluationRound, 0)
     assert exact.reverse_kl == pytest.approx(float(torch.cat(values).mean()), rel=1e-4)
     assert exact.tokens == len(torch.cat(values))
+
+
+def test_an_audit_s_numbers_are_those_of_both_models(
+    finished: Path, tiny_student: Path, tiny_teacher: Path
+) -> None:
+    scored = opdcache("score", finished / "first.yaml", "--round", 0, "--student")
+    assert scored.returncode == 0, scored.stderr
+    done = opdcache("audit", finished / "first.yaml", "--round", 0, "-k", 8, "--json")
+    assert done.returncode == 3, done.stderr  # models that know nothing of each other
+    audit = Audit.model_validate_json(done.stdout)
+    assert {"overlap"} <= {f.check for f in audit.findings if f.level == "no-go"}
+    folder, cache = RunFolder(finished / "first"), Cache(str(finished / "cache"))
+    shards = folder.need(RolloutRound, 0).shards
+    exact = dense_diagnostics(
+        (tiny_student, tiny_teacher),
+        [r for s in shards for r in cache.read_rollouts(cache.need_rollouts(s)).to_pylist()],
+        k=8,
+    )
+    found = audit.parts[0].diagnostics.model_dump()
+    assert found["num_tokens"] == sum(shard.num_tokens for shard in shards)
+    assert {name: found[name] for name in exact} == pytest.approx(exact, abs=1e-3)
 
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])

@@ -28,19 +28,18 @@ def _agreement(part: PartAudit, limits: AuditLimits) -> Iterator[Finding]:
         "student and teacher share few of their likeliest tokens: the student's prefixes mean "
         "little to this teacher; a cold start on teacher completions brings them together",
     )
-    for side, mass in (
-        ("student", found.overlap_mass_student),
-        ("teacher", found.overlap_mass_teacher),
-    ):
-        strict = mass is not None and mass < limits.min_overlap_mass
+    if found.overlap_mass_student is not None and found.overlap_mass_teacher is not None:
+        both = found.overlap_mass_student, found.overlap_mass_teacher
+        is_low = min(both) < limits.min_overlap_mass
         yield from _at_least(
             part,
             "overlap mass",
-            mass,
-            limits.min_overlap_mass if strict else limits.min_final_overlap_mass,
-            "no-go" if strict else "warning",
-            f"the {side}'s mass on the shared tokens is low, so a loss on them misses most of what "
-            f"the {side} does; take more entries, or a loss with the tail in it",
+            min(both),
+            limits.min_overlap_mass if is_low else limits.min_final_overlap_mass,
+            "no-go" if is_low else "warning",
+            f"the shared entries hold {both[0]:.1%} of the student and {both[1]:.1%} of the "
+            "teacher, and a loss on them alone sees no more; take more entries, or a loss with the "
+            "tail in it",
         )
     if found.num_tokens and found.overlap is not None:
         yield from _at_most(
