@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
+from opdcache.audit.checks import Alignment, Shift
 from opdcache.audit.run import audit
 from opdcache.audit.targets import of_keys, of_run, target
 from opdcache.cli.main import cli
@@ -22,7 +23,7 @@ from opdcache.store.scores import Scores, StudentTopK, TopK
 
 from . import shards
 from .audited import Made, add_round, make_run
-from .dense import Distributions, distributions, entropy, rows_of, scores_of
+from .dense import Distributions, block_of, distributions, entropy, rows_of, scores_of
 from .test_measures import by_hand
 
 LENGTHS = (9, 30, 1, 17)
@@ -158,7 +159,17 @@ def test_tokens_that_are_not_supervised_are_in_no_number(run: Made) -> None:
     kept = np.concatenate(masks)
     assert part.diagnostics.num_tokens == 11
     assert part.diagnostics.teacher_entropy == pytest.approx(entropy(one.q)[kept].mean(), abs=1e-3)
+    assert part.by_k[0].teacher_mass == pytest.approx(
+        np.exp(one.q.max(axis=1))[kept].mean(), abs=1e-3
+    )
     assert part.completions.num_tokens == 16
+
+
+def test_a_copy_in_another_shard_of_the_round_is_a_copy(run: Made) -> None:
+    one = distributions(6, 4)
+    other = replace(one, p=one.p[:6], q=one.q[:6], ids=one.ids[:6], lengths=(6,))
+    add_round(run, 0, [one, other])
+    assert audit(of_run(run.path)).parts[0].completions.duplicates == 1
 
 
 def test_completions_are_counted_as_texts(run: Made) -> None:
@@ -273,6 +284,33 @@ def test_zeros_in_the_place_of_missing_scores_are_found_by_name(run: Made) -> No
     spoilt.sampled_logprobs[20:30] = 0
     five_shards(run, spoilt)
     assert "missing scores" in names(audit(of_run(run.path)))
+
+
+def test_zeros_are_doubted_by_the_entropy_where_no_entries_are_stored(run: Made) -> None:
+    one = distributions(*LENGTHS)
+    spoilt = replace(scores_of(one.q, one, 16), topk=None)
+    assert spoilt.sampled_logprobs is not None
+    spoilt.sampled_logprobs[20:30] = 0
+    add_round(run, 0, [one], [spoilt])
+    assert "missing scores" in names(audit(of_run(run.path)))
+
+
+@pytest.mark.parametrize("column", ["topk", "student_topk"])
+def test_entries_and_a_tail_that_do_not_sum_to_1_are_found_by_name(run: Made, column: str) -> None:
+    one = distributions(*LENGTHS)
+    spoilt = scores_of(one.q, one, 16, 16)
+    getattr(spoilt, column).tail_logprobs[40:] = -0.5
+    add_round(run, 0, [one], [spoilt])
+    assert names(audit(of_run(run.path))) == {"mass"}
+
+
+def test_tokens_of_other_completions_tell_nothing_of_a_shift() -> None:
+    given, found = distributions(*([1] * 40)), Alignment()
+    block = block_of(given)
+    found.add(block, block.teacher, block.scores.sampled_logprobs)
+    assert found.share(Shift(0, 0)) == 1
+    assert found.share(Shift(1, 1)) == found.share(Shift(-1, -1)) == 0
+    assert found.best() == Shift(0, 0)
 
 
 def test_rows_of_zeros_in_every_column_are_found_by_name(run: Made) -> None:
