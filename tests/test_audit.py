@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from opdcache.audit.checks import Alignment, Shift
-from opdcache.audit.run import audit
+from opdcache.audit.run import _unlike_others, audit
 from opdcache.audit.targets import of_keys, of_run, target
 from opdcache.cli.main import cli
 from opdcache.errors import InputsMissing, UsageError
@@ -347,6 +347,38 @@ def test_scores_of_other_lengths_are_found_by_name_and_the_rest_is_read(run: Mad
     assert names(found) == {"unreadable shard"}
     assert found.parts[0].num_unreadable == 1
     assert found.total.num_tokens == 4 * sum(LENGTHS)
+
+
+def test_scores_of_other_completions_with_as_many_tokens_are_found_by_name(run: Made) -> None:
+    one = distributions(*LENGTHS, seed=2, apart=0.5)
+    moved = replace(scores_of(one.q, one, 16, 16), token_offsets=np.array([0, 10, 39, 40, 57]))
+    five_shards(run, moved)
+    found = audit(of_run(run.path))
+    assert names(found) == {"unreadable shard"}
+    assert "their lengths differ" in found.findings[0].reason
+
+
+def test_shards_that_all_differ_are_not_unlike_each_other() -> None:
+    alike = {f"shard {i}": -1.0 - 0.1 * i for i in range(6)}
+    apart = {f"shard {i}": -1.0 - 1.5 * i for i in range(6)}
+    far = alike | {"shard 3": -5.0}
+    named = [
+        [f.where for f in _unlike_others({("task", "teacher"): by_shard}, LIMITS, "round 0")]
+        for by_shard in (alike, apart, far)
+    ]
+    assert named == [[], [], ["shard 3"]]
+
+
+def test_counts_of_a_manifest_are_taken_once_however_many_blocks_a_shard_has(
+    run: Made, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tables, "GROUP_TOKENS", 20)
+    monkeypatch.setattr("opdcache.store.files.BLOCK_BYTES", 256)
+    counts = {"truncated": 3, "repetitive": 1}
+    monkeypatch.setattr("opdcache.audit.run._counted", lambda cache, shard: counts)
+    five_shards(run)
+    texts = audit(of_run(run.path)).parts[0].completions
+    assert (texts.truncated, texts.repetitive) == (15, 5)
 
 
 def test_a_truncated_object_is_found_by_name_and_the_rest_is_read(run: Made) -> None:
