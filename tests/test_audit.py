@@ -100,6 +100,8 @@ def test_the_policy_s_own_scores_give_its_entropy(run: Made) -> None:
     assert part.num_own == 1
     assert part.diagnostics.student_entropy == pytest.approx(entropy(one.p).mean(), abs=1e-3)
     assert part.diagnostics.entropy_gap == pytest.approx(gap.mean(), abs=1e-3)
+    (by_key,) = audit(of_keys(run.cache, [rollout.key])).parts
+    assert by_key.diagnostics == part.diagnostics
 
 
 def test_positions_are_told_apart_and_sum_up_to_the_whole(run: Made) -> None:
