@@ -7,7 +7,7 @@ from pathlib import Path
 from .audit import Audit
 from .base import Model
 from .config import RunConfig
-from .inspection import Row
+from .inspection import Listing, Row
 from .manifests import RolloutManifest, ScoreManifest
 from .plan import Plan, Rates
 from .rounds import (
@@ -35,6 +35,7 @@ DOCUMENTS: dict[str, type[Model]] = {
     "status": RunStatus,
     "audit": Audit,
     "inspect": Row,
+    "inspect-list": Listing,
 }
 
 
