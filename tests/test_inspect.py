@@ -27,6 +27,7 @@ from opdcache.store.cache import Cache, as_listed
 from . import dense
 from .dense import Completion, completion
 from .shards import TEACHER
+from .test_package import opdcache
 
 EVERY: tuple[ScoreColumn, ...] = ("sampled", "entropy", "topk", "student_topk")
 ESCAPES = "\x1b]0;owned\x07 \x1b[31mred\x1b[0m \x9b31m \u202eback \r\b"
@@ -527,6 +528,28 @@ def test_a_closed_pipe_is_no_error(made: Path) -> None:
     )
 
     assert (done.stdout, done.stderr) == ("{\n", "")
+
+
+def test_no_engine_is_needed(made: Path) -> None:
+    done = opdcache("inspect", str(made / "run.yaml"), "--round", "0", "--row", "1")
+
+    assert (done.returncode, done.stderr) == (0, "")
+    assert [cells[1] for cells in table(done.stdout, "# token")] == list(text(SHARDS[0][1]))
+
+
+def test_without_the_package_that_reads_tokenizers_a_run_shows_ids_and_says_why(
+    inspect: Inspect, made: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+
+    code, out, err = inspect("--round", 0, "--row", 1)
+    refused = inspect("--tokenizer", made / "student")
+
+    assert code == 0
+    assert [cells[1] for cells in table(out, "# token")] == [f"<{id}>" for id in SHARDS[0][1].ids]
+    assert "pip install tokenizers" in err
+    assert (refused[0], refused[1]) == (2, "")
+    assert refused[2].startswith("error: texts of tokens need the package tokenizers")
 
 
 def test_json_is_read_back_the_same_where_texts_are_hostile(
