@@ -295,6 +295,7 @@ def test_json_is_the_record(inspect: Inspect, made: Path) -> None:
         (["--row", "last"], "'last' names no row.*SHARD:ROW"),
         (["--row", "{}:0", "--at", "3"], r"no token 3 \(expected 0 to 2\)"),
         (["--prompt", "promt-1"], "no completion is of a prompt 'promt-1'; near.*'prompt-1'"),
+        (["--prompt", "prompt-"], "no completion is of a prompt 'prompt-'; near"),
         (["--prompt", "prompt-1", "--at", "0"], "--at is of one completion"),
         (["--at", "0"], "--at is of one completion"),
         (["--row", "0", "--worst", "advantage"], "one of --row, --prompt and --worst"),
