@@ -146,14 +146,19 @@ def _marked(tokens: Sequence[Token], scale: Scale) -> Text:
     text = Text()
     for token in tokens:
         far = token.advantage is not None and abs(token.advantage) >= _MARKED_NATS
-        style = scale.style(token.advantage) if token.supervised else _MASKED
         if scale.has_colours or (token.supervised and not far):
-            text.append("↵\n".join(map(visible, token.text.split("\n"))), style)
+            text.append("↵\n".join(map(visible, token.text.split("\n"))), _style(token, scale))
             continue
         shown = visible_token(token.text)
         text.append(f"⟦{shown}|{token.advantage:+.1f}⟧" if token.supervised else f"⟨{shown}⟩")
         text.append("\n" if "\n" in token.text else "")
     return text
+
+
+def _style(token: Token, scale: Scale) -> str:
+    if token.supervised or not scale.has_colours:
+        return scale.style(token.advantage)
+    return _MASKED
 
 
 def _legend(tokens: Sequence[Token], scale: Scale) -> Text:
@@ -179,9 +184,7 @@ def _token_columns(tokens: Sequence[Token], scale: Scale) -> list[Column[Token]]
     loss = Column[Token]("loss", lambda t: "" if t.supervised else "masked", is_text=True)
     return [
         Column("#", lambda t: str(t.position)),
-        Column(
-            "token", lambda t: Text(visible_token(t.text), scale.style(t.advantage)), is_text=True
-        ),
+        Column("token", lambda t: Text(visible_token(t.text), _style(t, scale)), is_text=True),
         *([] if all(token.supervised for token in tokens) else [loss]),
         Column("log p", lambda t: _number(t.student_logprob)),
         Column("log q", lambda t: _number(t.teacher_logprob)),

@@ -463,6 +463,23 @@ def test_colours_add_nothing_but_colours(
     assert key.sub("", seen) == key.sub("", bare)
 
 
+def test_with_colours_masked_tokens_are_struck_through(
+    inspect: Inspect, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = Cache(str(tmp_path / "cache"))
+    one = completion("a", list(b"abc"), 5, masked=(1,))
+    rollout = dense.commit(cache, [one])
+    dense.score(cache, rollout, [one], "sampled")
+    dense.byte_tokenizer(tmp_path)
+    monkeypatch.setenv("FORCE_COLOR", "1")
+
+    arguments = ("--cache", tmp_path / "cache", "--row", 0, "--tokenizer", tmp_path)
+    _, out, _ = inspect(*arguments, of=rollout.key)
+
+    struck = re.findall(r"\x1b\[2;9m([^\x1b]*)", out)
+    assert [text.strip() for text in struck] == ["b", "masked", "b"]
+
+
 def test_no_color_leaves_no_colour_and_marks_instead(
     inspect: Inspect, made: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
