@@ -6,6 +6,7 @@ from pathlib import Path
 
 from .audit import Audit
 from .base import Model
+from .comparison import Comparison
 from .config import RunConfig
 from .manifests import RolloutManifest, ScoreManifest
 from .plan import Plan, Rates
@@ -33,6 +34,7 @@ DOCUMENTS: dict[str, type[Model]] = {
     "rates": Rates,
     "status": RunStatus,
     "audit": Audit,
+    "comparison": Comparison,
 }
 
 

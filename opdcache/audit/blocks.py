@@ -3,7 +3,7 @@
 Legend: N completions, T completion tokens, S recorded student entries a token, K kept ones.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,7 +87,7 @@ class Block:
     @property
     def teacher(self) -> Entries | None:
         """The teacher's likeliest entries; None when they are not stored."""
-        return _entries(self.scores)
+        return entries(self.scores)
 
 
 def blocks(cache: Cache, shard: Shard) -> Iterator[Block]:
@@ -111,6 +111,18 @@ def blocks(cache: Cache, shard: Shard) -> Iterator[Block]:
         assert theirs is not None
         yield _block(table, first_row, theirs, ours, manifest.vocab_size, step)
         first_row += table.num_rows
+
+
+def beside(read: Iterable[Block], scores: ScoreSet) -> Iterator[tuple[Block, Scores]]:
+    """Blocks, each with what another score set has of its completions.
+
+    Raises:
+        InvalidShard: the set is not of these completions.
+    """
+    for block in read:
+        others = _read(scores, block.table, block.first_row)
+        assert others is not None
+        yield block, others
 
 
 def _read(scores: ScoreSet, table: pa.Table, first_row: int) -> Scores | None:
@@ -146,7 +158,7 @@ def _block(
         token_ids=columns["completion_token_ids"],
         supervised=tables.supervised_tokens(table),
         behavior_logprobs=behavior,
-        student=_recorded(columns) or (None if own is None else _entries(own)),
+        student=_recorded(columns) or (None if own is None else entries(own)),
         scores=scores,
         own=own,
         num_ids=num_ids,
@@ -175,7 +187,7 @@ def _recorded(columns: Mapping[str, NDArray[Any]]) -> Entries | None:
     return Entries(ids, columns["student_topk_logprobs"], np.full(len(ids), ids.shape[1]))
 
 
-def _entries(scores: Scores) -> Entries | None:
+def entries(scores: Scores) -> Entries | None:
     topk = scores.topk
     if topk is None:
         return None
