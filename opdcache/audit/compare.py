@@ -125,7 +125,7 @@ class _Pairs:
             for cache, of in zip(self._caches, (shard.scored, other.scored), strict=True)
         ]
         a, b = (_manifests(each) for each in sets)
-        if [m.objects for m in a] == [m.objects for m in b]:
+        if [(m.key, m.attempt) for m in a] == [(m.key, m.attempt) for m in b]:
             self._left[_SAME].append(shard)
             return
         found = Likeness(self._k, self._chunk_tokens)
