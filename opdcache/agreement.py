@@ -39,6 +39,26 @@ def places(
 
 
 @dataclass(frozen=True, slots=True)
+class Local:
+    """Two models on the entries that both keep, float64 [T] each.
+
+    A KL is that of two distributions whose outcomes are these entries and one more for all the
+    rest, which has the mass of either's other entries and of its stored tail. What that leaves out
+    of the full KL is never negative, since no KL grows when outcomes are put together. Both are
+    made to sum to 1 first: rounded log-probs do so within half a step only.
+
+    Attributes:
+        kl, kl_back: KL(one || other) and KL(other || one), nats, at most the full ones.
+        mass, other_mass: each one's mass on the entries.
+    """
+
+    kl: Values
+    kl_back: Values
+    mass: Values
+    other_mass: Values
+
+
+@dataclass(frozen=True, slots=True)
 class Matched:
     """Two models' likeliest entries of the same tokens, matched by id.
 
@@ -78,21 +98,12 @@ class Matched:
         fewer = np.minimum(self.one.num_kept, self.other.num_kept)
         return np.where(fewer > 0, self.both_TS.sum(axis=1) / np.maximum(fewer, 1), np.nan)
 
-    def masses(self) -> tuple[Values, Values]:
-        """Each one's mass, [T], on the entries that both keep."""
-        ours, theirs = (np.exp(np.logaddexp.reduce(v[:, :-1], axis=1)) for v in self._buckets())
-        return ours, theirs
-
-    def local_kl(self) -> tuple[Values, Values]:
-        """KL(one || other) and KL(other || one), [T], nats, each of them a lower bound.
-
-        An entry that both keep is an outcome of its own, and all that is left is one more: the mass
-        of either's other entries and of its stored tail. What this leaves out of the full KL is
-        never negative, since no KL grows when outcomes are put together. Both are made to sum to 1
-        first, since rounded log-probs do so within half a step only.
-        """
-        ours, theirs = (_normalised(v) for v in self._buckets())
-        return _kl(ours, theirs), _kl(theirs, ours)
+    def local(self) -> Local:
+        """Both as distributions over the entries that both keep and one bucket for the rest."""
+        ours, theirs = self._buckets()
+        masses = [np.exp(np.logaddexp.reduce(v[:, :-1], axis=1)) for v in (ours, theirs)]
+        ours, theirs = _normalised(ours), _normalised(theirs)
+        return Local(_kl(ours, theirs), _kl(theirs, ours), *masses)
 
     @property
     def _theirs_TS(self) -> Values:

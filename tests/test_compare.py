@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from opdcache import documents
 from opdcache.agreement import Matched
+from opdcache.audit import likeness
 from opdcache.audit.clustered import ClusteredSums
 from opdcache.audit.compare import compare
 from opdcache.audit.operands import operand
@@ -22,7 +23,13 @@ from opdcache.cli.main import cli
 from opdcache.errors import InputsMissing, UsageError
 from opdcache.runfile import load_run
 from opdcache.runfolder import RunFolder
-from opdcache.schemas.comparison import Comparison, SharedRollouts
+from opdcache.schemas.comparison import (
+    Agreement,
+    CompareLimits,
+    Comparison,
+    Estimate,
+    SharedRollouts,
+)
 from opdcache.schemas.manifests import ScoreManifest
 from opdcache.schemas.rounds import (
     Resolved,
@@ -48,7 +55,12 @@ LENGTHS = (5, 0, 3, 9, 1)
 def dense(seed: int, num_tokens: int = sum(LENGTHS)) -> Dense:
     """Log-probs [T, V] far from uniform."""
     logits = np.random.default_rng(seed).normal(0, 2, (num_tokens, NUM_IDS))
-    return logits - np.logaddexp.reduce(logits, axis=1)[:, None]
+    return normalised(logits)
+
+
+def normalised(logits: Dense) -> Dense:
+    total: Dense = np.logaddexp.reduce(logits, axis=1)
+    return logits - total[:, None]
 
 
 def kept(logprobs: Dense, num_kept: Sequence[int]) -> TopK:
@@ -112,8 +124,11 @@ def cache(tmp_path: Path) -> Cache:
     return Cache(str(tmp_path / "cache"))
 
 
-def by_key(cache: Cache, a: ScoreManifest, b: ScoreManifest, **options: int) -> Comparison:
-    return compare(of_keys(cache, [a.key]), of_keys(cache, [b.key]), **options)
+def by_key(
+    cache: Cache, a: ScoreManifest, b: ScoreManifest, k: int = 16, chunk_tokens: int = 1024
+) -> Comparison:
+    targets = (of_keys(cache, [manifest.key]) for manifest in (a, b))
+    return compare(*targets, k=k, chunk_tokens=chunk_tokens)
 
 
 def two_teachers(cache: Cache, k: int = 6, other_k: int = 6) -> tuple[Dense, Dense, Comparison]:
@@ -148,22 +163,24 @@ def coarse(p: Dense, q: Dense, num: int, other_num: int) -> tuple[list[float], l
     st.integers(0, 10**6),
     st.lists(st.tuples(st.integers(1, NUM_IDS), st.integers(1, NUM_IDS)), min_size=1, max_size=6),
 )
-def test_local_kl_is_that_of_what_both_keep_and_the_rest_and_bounds_the_full_one(
+def test_local_kl_is_that_of_what_both_keep_and_the_rest_and_at_most_the_full_one(
     seed: int, sizes: list[tuple[int, int]]
 ) -> None:
-    one, other = dense(seed, len(sizes)), dense(seed + 1, len(sizes))
+    one = dense(seed, len(sizes))
+    other = normalised(one + np.random.default_rng(seed + 1).normal(0, 1, one.shape))
     with np.errstate(divide="ignore"):  # all ids kept leave nothing
         matched = Matched.of(kept(one, [a for a, _ in sizes]), kept(other, [b for _, b in sizes]))
 
-    there, back = matched.local_kl()
+    local = matched.local()
 
     for t, (num, other_num) in enumerate(sizes):
         p, q = coarse(one[t], other[t], num, other_num)
-        assert there[t] == pytest.approx(kl(p, q), abs=1e-5)
-        assert back[t] == pytest.approx(kl(q, p), abs=1e-5)
+        assert local.kl[t] == pytest.approx(kl(p, q), abs=1e-5)
+        assert local.kl_back[t] == pytest.approx(kl(q, p), abs=1e-5)
+        assert matched.same_first_T[t] == (one[t].argmax() == other[t].argmax())
         full = np.exp(one[t]), np.exp(other[t])
-        assert there[t] <= kl(*(side.tolist() for side in full)) + 1e-5
-        assert back[t] <= kl(*(side.tolist() for side in full[::-1])) + 1e-5
+        assert local.kl[t] <= kl(*(side.tolist() for side in full)) + 1e-5
+        assert local.kl_back[t] <= kl(*(side.tolist() for side in full[::-1])) + 1e-5
 
 
 def test_local_kl_is_the_full_one_when_all_is_kept() -> None:
@@ -171,7 +188,7 @@ def test_local_kl_is_the_full_one_when_all_is_kept() -> None:
     with np.errstate(divide="ignore"):
         matched = Matched.of(kept(one, [NUM_IDS] * 4), kept(other, [NUM_IDS] * 4))
     full = (np.exp(one) * (one - other)).sum(axis=1)
-    assert matched.local_kl()[0] == pytest.approx(full, abs=1e-5)
+    assert matched.local().kl == pytest.approx(full, abs=1e-5)
 
 
 def test_padding_is_no_entry() -> None:
@@ -289,7 +306,7 @@ def test_the_error_is_how_far_means_of_new_completions_are_spread() -> None:
 
 def test_one_completion_has_no_error_and_nan_is_no_value() -> None:
     sums = ClusteredSums()
-    sums.add("x", np.asarray([1.0, np.nan, 3.0]), np.asarray([0, 1, 0]))
+    sums.add("x", np.asarray([1.0, np.nan, 3.0]), np.asarray([1, 0, 1]))
     found = sums.estimate("x")
     assert found
     assert (found.mean, found.standard_error) == (2, None)
@@ -299,7 +316,7 @@ def again(cache: Cache, change: float, **how: object) -> SharedRollouts:
     """A teacher against itself, its logits changed at random by so much."""
     completions, logits = rows(), dense(1)
     noise = np.random.default_rng(7).normal(0, change, logits.shape)
-    changed = logits + noise - np.logaddexp.reduce(logits + noise, axis=1)[:, None]
+    changed = normalised(logits + noise)
     shard = commit_rollouts(cache, completions)
     a = commit(cache, shard, scored(logits, completions), ONE)
     b = commit(cache, shard, scored(changed, completions), ONE, **how)
@@ -615,3 +632,26 @@ def test_a_damaged_shard_is_named_in_no_number_and_exits_3(
         damaged["left_out"]
     )
     assert len(found.side_by_side) == len(damaged["side_by_side"])
+
+
+@pytest.mark.parametrize(
+    ("mean", "error", "outcome"),
+    [
+        (0.05, 0.02, "within"),
+        (0.09, 0.02, "undecided"),
+        (0.12, 0.02, "undecided"),
+        (0.15, 0.02, "beyond"),
+        (0.05, None, "undecided"),
+    ],
+)
+def test_a_mean_must_be_two_errors_clear_of_its_limit(
+    mean: float, error: float | None, outcome: str
+) -> None:
+    value = Estimate(mean=mean, standard_error=error)
+    nothing = dict.fromkeys(Agreement.model_fields)
+    said = Agreement(**(nothing | {"num_tokens": 1, "num_narrow": 0, "kl_ab": value}))
+    (test,) = likeness.tests(said, CompareLimits(max_kl=0.1), same_model=False)
+    assert (test.name, test.outcome) == ("kl_ab", outcome)
+    verdict = likeness.verdict([test], same_model=False)
+    named = {"within": "indistinguishable", "beyond": "different", "undecided": "undecided"}
+    assert verdict == named[outcome]

@@ -165,6 +165,7 @@ def test_the_contract_imports_nothing_outside_itself() -> None:
         ),
         (
             (
+                "opdcache.agreement",
                 "opdcache.data",
                 "opdcache.torch_data",
                 "opdcache.export",
@@ -187,6 +188,8 @@ def test_a_layer_imports_only_downward(layer: tuple[str, ...], above: tuple[str,
     [
         "opdcache.schemas",
         "opdcache.store",
+        "opdcache.agreement",
+        "opdcache.audit",
         "opdcache.export",
         "opdcache.importing",
         "opdcache.quality",
@@ -266,7 +269,7 @@ for name in cli.commands:
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
 
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.count("Usage: ") == 10
+    assert done.stdout.count("Usage: ") == 12
 
 
 def test_status_needs_no_engine(run_yaml: Path) -> None:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from ..errors import InvalidShard
 from ..store import rollouts as tables
 from ..store.cache import Cache, ScoreSet, commit_path
-from ..store.scores import Scores
+from ..store.scores import Scores, TopK
 from .targets import Shard
 
 Floats = NDArray[np.float32]
@@ -87,7 +87,7 @@ class Block:
     @property
     def teacher(self) -> Entries | None:
         """The teacher's likeliest entries; None when they are not stored."""
-        return entries(self.scores)
+        return entries(self.scores.topk)
 
 
 def blocks(cache: Cache, shard: Shard) -> Iterator[Block]:
@@ -158,7 +158,7 @@ def _block(
         token_ids=columns["completion_token_ids"],
         supervised=tables.supervised_tokens(table),
         behavior_logprobs=behavior,
-        student=_recorded(columns) or (None if own is None else entries(own)),
+        student=_recorded(columns) or (None if own is None else entries(own.topk)),
         scores=scores,
         own=own,
         num_ids=num_ids,
@@ -187,8 +187,8 @@ def _recorded(columns: Mapping[str, NDArray[Any]]) -> Entries | None:
     return Entries(ids, columns["student_topk_logprobs"], np.full(len(ids), ids.shape[1]))
 
 
-def entries(scores: Scores) -> Entries | None:
-    topk = scores.topk
+def entries(topk: TopK | None) -> Entries | None:
+    """Stored entries in the audit's form."""
     if topk is None:
         return None
     return Entries(topk.ids, topk.logprobs, topk.num_kept.astype(np.int64))

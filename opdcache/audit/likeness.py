@@ -20,12 +20,13 @@ from ..schemas.comparison import (
     PositionAgreement,
     Verdict,
 )
-from ..store.scores import Scores
+from ..store.scores import Scores, TopK
 from .blocks import Block, entries
 from .clustered import ClusteredSums
 from .measures import Shared, Values
 
 _MEANS = tuple(name for name in Agreement.model_fields if not name.startswith("num_"))
+_AT_ONCE = 4096
 _COLUMNS: tuple[ScoreColumn, ...] = ("sampled", "entropy", "topk")
 _DRIFT = (
     ("kl_ab", "max_drift_kl"),
@@ -149,30 +150,43 @@ def measures(block: Block, others: Scores, k: int) -> dict[str, Values]:
 
 
 def _entries(block: Block, others: Scores, k: int) -> dict[str, Values]:
-    one, other = entries(block.scores), entries(others)
-    if block.scores.topk is None or others.topk is None or one is None or other is None:
+    """What the likeliest entries say, some tokens at a time: there are K values of each."""
+    one, other = block.scores.topk, others.topk
+    if one is None or other is None:
         return {}
-    matched = Matched.of(block.scores.topk, others.topk)
-    top = Shared(one, other, matched.place_TS).measures(k)
-    kl_ab, kl_ba = matched.local_kl()
-    mass_a, mass_b = matched.masses()
+    starts = range(0, max(1, len(block.token_ids)), _AT_ONCE)
+    parts = [slice(start, start + _AT_ONCE) for start in starts]
+    found = [_of_entries(one.at(part), other.at(part), k) for part in parts]
+    return {name: np.concatenate([each[name] for each in found]) for name in found[0]}
+
+
+def _of_entries(one: TopK, other: TopK, k: int) -> dict[str, Values]:
+    matched = Matched.of(one, other)
+    local, top = matched.local(), _overlap(matched, k)
     apart_TS, num_T = np.abs(matched.differences_TS), matched.both_TS.sum(axis=1)
+    mean_T = np.where(num_T > 0, np.nansum(apart_TS, axis=1) / np.maximum(num_T, 1), np.nan)
     return {
-        "kl_ab": kl_ab,
-        "kl_ba": kl_ba,
-        "mass_a": mass_a,
-        "mass_b": mass_b,
+        "kl_ab": local.kl,
+        "kl_ba": local.kl_back,
+        "mass_a": local.mass,
+        "mass_b": local.other_mass,
         "kept_by_both": matched.kept_by_both_T,
         "overlap": top["overlap"],
         "overlap_mass_a": top["overlap_mass_student"],
         "overlap_mass_b": top["overlap_mass_teacher"],
         "num_narrow": top["num_narrow"],
         "argmax_agreement": matched.same_first_T.astype(np.float64),
-        "topk_difference": np.where(
-            num_T > 0, np.nansum(apart_TS, axis=1) / np.maximum(num_T, 1), np.nan
-        ),
+        "topk_difference": mean_T,
         "largest_topk_difference": np.fmax.reduce(apart_TS, axis=1, initial=0.0),
     }
+
+
+def _overlap(matched: Matched, k: int) -> dict[str, Values]:
+    """The audit's measures of two top k, A in the student's place."""
+    one, other = entries(matched.one), entries(matched.other)
+    assert one is not None
+    assert other is not None
+    return Shared(one, other, matched.place_TS).measures(k)
 
 
 def tests(found: Agreement, limits: CompareLimits, *, same_model: bool) -> Iterator[LimitTest]:
