@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
@@ -159,6 +159,7 @@ def coarse(p: Dense, q: Dense, num: int, other_num: int) -> tuple[list[float], l
     return sides[0], sides[1]
 
 
+@settings(deadline=None)  # a busy machine is no failure
 @given(
     st.integers(0, 10**6),
     st.lists(st.tuples(st.integers(1, NUM_IDS), st.integers(1, NUM_IDS)), min_size=1, max_size=6),
@@ -274,6 +275,56 @@ def test_chunks_of_positions_add_up(cache: Cache) -> None:
     assert whole
     assert whole.mean * shared.agreement.num_tokens == pytest.approx(
         sum(at.kl_ab.mean * at.num_tokens for at in shared.by_position if at.kl_ab)
+    )
+
+
+def test_several_shards_say_what_one_of_all_their_completions_says(
+    cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, other, completions = dense(1), dense(2), rows()
+    shard = commit_rollouts(cache, completions)
+    (whole,) = by_key(
+        cache,
+        commit(cache, shard, scored(one, completions), ONE),
+        commit(cache, shard, scored(other, completions), OTHER),
+        chunk_tokens=4,
+    ).shared
+    halves: dict[str, list[str]] = {ONE: [], OTHER: []}
+    for number, some in enumerate((slice(0, 3), slice(3, 5))):
+        part = completions[some]
+        tokens = slice(0, 8) if number == 0 else slice(8, None)
+        half = commit_rollouts(cache, part, name=f"half {number}")
+        for teacher, logprobs in ((ONE, one), (OTHER, other)):
+            made = commit(cache, half, scored(logprobs[tokens], part), teacher)
+            halves[teacher].append(made.key)
+    monkeypatch.setattr(likeness, "_AT_ONCE", 3)
+    targets = (of_keys(cache, keys) for keys in halves.values())
+
+    (parted,) = compare(*targets, chunk_tokens=4).shared
+
+    assert parted.num_shards == 2
+    for ours, theirs in (
+        (parted.agreement, whole.agreement),
+        *zip(parted.by_position, whole.by_position, strict=True),
+    ):
+        for name, value in ours.model_dump().items():
+            expected = theirs.model_dump()[name]
+            assert value == pytest.approx(expected), name
+    assert parted.largest == pytest.approx(whole.largest)
+
+
+def test_a_chunk_s_error_takes_its_completions_as_the_draws(cache: Cache) -> None:
+    one, other, completions = dense(1), dense(2), rows()
+    shard = commit_rollouts(cache, completions)
+    a = commit(cache, shard, scored(one, completions), ONE)
+    b = commit(cache, shard, scored(other, completions), OTHER)
+    first, *_ = by_key(cache, a, b, chunk_tokens=1).shared[0].by_position
+    starts = np.cumsum([0, *LENGTHS])[:-1][np.asarray(LENGTHS) > 0]
+    sampled = [token for row in completions for token in row.completion]
+    apart = [abs(one[t, sampled[t]] - other[t, sampled[t]]) for t in starts]
+    assert first.sampled_difference
+    assert first.sampled_difference.standard_error == pytest.approx(
+        np.std(apart, ddof=1) / len(apart) ** 0.5, abs=2e-3
     )
 
 
