@@ -10,6 +10,7 @@ from ..errors import OpdcacheError, StoreError, StoreFull, UsageError
 from . import (
     audit,
     cache,
+    compare,
     demo,
     evaluate,
     inspect,
@@ -35,7 +36,7 @@ def cli() -> None:
 
 _COMMANDS = (
     *(run, submit, plan, rollout, score, train, evaluate),
-    *(audit, inspect, status, cache, demo),
+    *(audit, inspect, compare, status, cache, demo),
 )
 for module in _COMMANDS:
     cli.add_command(module.command)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from .audit import Audit
 from .base import Model
+from .comparison import Comparison
 from .config import RunConfig
 from .inspection import Listing, Row
 from .manifests import RolloutManifest, ScoreManifest
@@ -36,6 +37,7 @@ DOCUMENTS: dict[str, type[Model]] = {
     "audit": Audit,
     "inspect": Row,
     "inspect-list": Listing,
+    "comparison": Comparison,
 }
 
 

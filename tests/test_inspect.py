@@ -25,9 +25,9 @@ from opdcache.schemas.rounds import Resolved, RolloutRound, ScoredShard, ScoreRo
 from opdcache.store.cache import Cache, as_listed
 
 from . import two_models as dense
-from .two_models import Completion, completion
 from .shards import TEACHER
 from .test_package import opdcache
+from .two_models import Completion, completion
 
 EVERY: tuple[ScoreColumn, ...] = ("sampled", "entropy", "topk", "student_topk")
 ESCAPES = "\x1b]0;owned\x07 \x1b[31mred\x1b[0m \x9b31m \u202eback \r\b"

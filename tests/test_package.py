@@ -168,6 +168,7 @@ def test_the_contract_imports_nothing_outside_itself() -> None:
         ),
         (
             (
+                "opdcache.agreement",
                 "opdcache.data",
                 "opdcache.torch_data",
                 "opdcache.export",
@@ -190,10 +191,11 @@ def test_a_layer_imports_only_downward(layer: tuple[str, ...], above: tuple[str,
     [
         "opdcache.schemas",
         "opdcache.store",
+        "opdcache.agreement",
+        "opdcache.audit",
         "opdcache.export",
         "opdcache.importing",
         "opdcache.quality",
-        "opdcache.audit",
         "opdcache.cli",
     ],
 )

@@ -16,8 +16,8 @@ from opdcache.schemas.columns import ScoreColumn
 from opdcache.store.cache import Cache
 
 from . import two_models as dense
-from .two_models import Completion, completion
 from .shards import STEP
+from .two_models import Completion, completion
 
 EVERY: tuple[ScoreColumn, ...] = ("sampled", "entropy", "topk", "student_topk")
 

@@ -38,7 +38,7 @@ def audit(
     look = Look(k, chunk_tokens, target.special, limits.special_outlier_nats, judge)
     total, parts, findings = Tally(look), list[PartAudit](), list[Finding]()
     for part in target.parts:
-        reader = _Reader(target.cache, look, limits)
+        reader = Reader(target.cache, look, limits)
         for shard in part.shards:
             reader.read(shard, part.name)
             advance(shard.scored.rollouts.num_tokens)
@@ -59,7 +59,7 @@ def audit(
     )
 
 
-class _Reader:
+class Reader:
     """Reads the shards of one part.
 
     Attributes:
