@@ -11,7 +11,7 @@ from typing import TypeVar
 
 from .costs import rollout_bytes_per_token, score_bytes_per_token
 from .errors import IntegrityError
-from .rollout.stage import policy_arguments
+from .rollout.tasks import policy_arguments
 from .runfolder import RunContext
 from .schemas.manifests import RolloutIdentity, RolloutManifest, Sampling, ScoreManifest
 from .schemas.plan import Measured
