@@ -6,14 +6,18 @@ from pathlib import Path
 
 from .base import Model
 from .config import RunConfig
+from .evaluation import Evaluation
 from .manifests import RolloutManifest, ScoreManifest
 from .plan import Plan, Rates
 from .rounds import (
+    AccuracyRound,
     EvaluationRound,
     HeldOutRound,
     Resolved,
     RolloutRound,
     ScoreRound,
+    TeacherAccuracy,
+    TeacherHeldOut,
     TrainRound,
 )
 from .status import RunStatus
@@ -28,6 +32,10 @@ DOCUMENTS: dict[str, type[Model]] = {
     "score-round": ScoreRound,
     "train-round": TrainRound,
     "evaluation-round": EvaluationRound,
+    "accuracy-round": AccuracyRound,
+    "teacher-held-out": TeacherHeldOut,
+    "teacher-accuracy": TeacherAccuracy,
+    "evaluation": Evaluation,
     "plan": Plan,
     "rates": Rates,
     "status": RunStatus,

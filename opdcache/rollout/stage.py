@@ -19,6 +19,7 @@ from ..schemas.manifests import RolloutManifest, Sampling
 from ..schemas.rounds import HeldOutRound, RolloutRound, RolloutShard, RoundFile
 from ..store.cache import as_listed, rollout_commit
 from ..store.upkeep import quarantining
+from ..verifiers import evaluation_verifier
 from .generator import generate
 from .taken import take
 from .tasks import EVALUATION_ROUND, Policy, RolloutTask, requests_of, tasks_of
@@ -83,6 +84,10 @@ def _run(
     if RolloutRound in plan.parts:
         asked = (r for task in plan.parts[RolloutRound].tasks for r in task.requests)
         refuse_unanswered(context.config.train.loss, [r.rendered.prompt.answer for r in asked])
+    verifier = evaluation_verifier(context.config)
+    if verifier is not None and HeldOutRound in plan.parts:
+        asked = (r for task in plan.parts[HeldOutRound].tasks for r in task.requests)
+        verifier.refuse_unanswered([r.rendered.prompt.answer for r in asked])
     context.cache.pin(context.resolved.run_id, "rollouts", tasks)
     there = context.cache.committed_rollouts(tasks)
     missing = tuple(rollout_commit(key) for key in tasks if key not in there)
