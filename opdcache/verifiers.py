@@ -25,7 +25,7 @@ from .user_code import find_function, finite
 
 PLACE = "evaluation.verifier"
 REASONING_GYM, MATH = "reasoning_gym", "math"
-_SAID = re.compile(r"answer\s*(?:is|:)[\s:*$]*", re.IGNORECASE)
+_SAID = re.compile(r"answer\b[^.\n]*?(?:\bis\b|:)[\s:*$]*", re.IGNORECASE)
 _MARKED = ("$", "\\boxed", "\\(", "\\[")
 _LIMIT_S = 5
 """Longest that math-verify works on one expression, its own default."""
@@ -155,8 +155,8 @@ def said_answer(text: str) -> str:
     """What a completion gives as its answer.
 
     That is what stands in its last ``<answer>…</answer>``; without one, the rest of the line behind
-    its last ``answer is`` or ``answer:``, less bold and dollar signs and a full stop; else all of
-    it.
+    its last ``answer is``, ``answer to … is`` or ``answer:``, less bold and dollar signs and a full
+    stop; else all of it.
     """
     from reasoning_gym.utils import extract_answer
 

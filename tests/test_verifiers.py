@@ -81,6 +81,8 @@ def test_reasoning_gym_refuses_prompts_from_elsewhere() -> None:
         ("So the answer is 42.", "42"),
         ("The answer is 41. No: the final answer is: **42**.\nGood luck!", "42"),
         ("Answer: $-3$", "-3"),
+        ("The answer to this arithmetic problem is 8, which is even.", "8, which is even"),
+        ("I have no answer. It is 8", "I have no answer. It is 8"),
         ("ANSWER:\n7", "7"),
         (" 42 \n", "42"),
         ("", ""),
