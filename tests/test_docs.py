@@ -8,7 +8,7 @@ import pytest
 
 from opdcache.cli.main import cli
 from opdcache.schemas.columns import ROLLOUT_COLUMNS, SCORE_ARRAYS
-from opdcache.schemas.config import RunConfig
+from opdcache.schemas.config import EvaluationConfig, RunConfig
 from opdcache.schemas.launch import (
     KubernetesLaunch,
     LaunchConfig,
@@ -57,6 +57,11 @@ def test_every_key_of_a_launch_is_in_the_docs() -> None:
     kinds = (LaunchConfig, WorkersLaunch, TrainLaunch, SlurmLaunch, KubernetesLaunch)
     names = {name for kind in kinds for name in kind.model_fields}
     assert {name for name in names if f"`{name}`" not in text("docs/clusters.md")} == set()
+
+
+def test_every_key_of_an_evaluation_is_in_the_docs() -> None:
+    keys = EvaluationConfig.model_fields
+    assert [name for name in keys if f"`{name}`" not in text("docs/evaluation.md")] == []
 
 
 def test_every_choice_of_a_loss_is_in_the_docs() -> None:
