@@ -57,8 +57,8 @@ def _accuracy_lines(accuracy: Accuracy) -> Iterator[str]:
 
 
 def _accuracy_table(rows: Sequence[ModelAccuracy]) -> str:
-    """One line a student, and the teacher's last."""
-    every_k = list(rows[0].pass_at)
+    """One line a student, and the teacher's last; of pass@k the first and the last."""
+    every_k = sorted({1, max(rows[0].pass_at)})
     compared = any(row.recovery for row in rows)
     table = Table(
         *("round", f"avg@{every_k[-1]}", *(f"pass@{k}" for k in every_k)),
@@ -70,7 +70,7 @@ def _accuracy_table(rows: Sequence[ModelAccuracy]) -> str:
         table.add_row(
             "teacher" if row.round is None else str(row.round),
             _estimate(row.mean_score),
-            *(_estimate(estimate) for estimate in row.pass_at.values()),
+            *(_estimate(row.pass_at[k]) for k in every_k),
             *([_recovery(row.recovery)] if compared else []),
             f"{row.num_truncated / row.num_completions:.1%}",
             f"{row.num_completions:,}",
@@ -88,7 +88,7 @@ def _recovery(of: Recovery | None) -> str:
     if of.value is None:
         return "undefined"
     if of.low is None or of.high is None:
-        return f"{of.value:.0%} [no bounds]"
+        return f"{of.value:.0%} (no bounds)"
     return f"{of.value:.0%} [{of.low:.0%}, {of.high:.0%}]"
 
 

@@ -16,11 +16,10 @@ from pydantic import JsonValue
 from .errors import ConfigError, InputsMissing
 from .heads import Divergence, Side, divergence
 from .identity import digest
-from .resolve import model_folder
+from .resolve import model_arguments, model_folder
 from .runfolder import RunContext
 from .schemas.rounds import EvaluationRound, HeldOutRound
 from .schemas.teachers import TransformersBackend, VllmBackend
-from .score.backends import model_arguments
 from .score.rendering import Rendering
 from .score.teacher import Sequences, by_length
 from .score.transformers_scorer import TransformersScorer

@@ -1,6 +1,9 @@
 """Held-out shards made into scores, and when scores are taken again; without engines."""
 
+import importlib
 import json
+import re
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +12,7 @@ import numpy as np
 import pytest
 
 from opdcache import documents, evaluation, verified
+from opdcache.cli.evaluation_text import evaluation_lines
 from opdcache.errors import ConfigError, InputsMissing, RunChanged, UsageError
 from opdcache.resolve import load_tokenizer
 from opdcache.rollout import teacher
@@ -141,9 +145,15 @@ def test_scores_are_kept_and_taken_anew_when_completions_or_the_verifier_differ(
     answer(context, 0, shard)
     answer(context, None, commit(context.cache, "teacher", {"p1": ["1."] * 2, "p2": ["2."] * 2}))
     first = verified.run(context)
+    kept = context.folder.find(AccuracyRound, 0)
+    assert kept is not None
     calls.clear()
     assert verified.run(context) == first
     assert calls == []
+    context.folder.write(kept.model_copy(update={"contents": ("other",)}), anew=True)
+    assert verified.run(context) == first
+    assert len(calls) == 4  # the round's; the teacher's are kept
+    calls.clear()
     other = opened(verifying(base, rounds=2, samples_per_prompt=2, verifier="math"))
     by_math = verified.run(other)
     assert by_math is not None
@@ -153,18 +163,11 @@ def test_scores_are_kept_and_taken_anew_when_completions_or_the_verifier_differ(
     assert kept.verifier == "math"
     assert verified.run(context) == first
     assert len(calls) == 8
-    changed = kept.model_copy(update={"verifier": FUNCTION, "contents": ("other",)})
-    context.folder.write(changed, anew=True)
-    calls.clear()
-    assert verified.run(context) == first
-    assert len(calls) == 4  # the round's; the teacher's are kept
 
 
 def test_a_function_whose_file_has_changed_is_asked_again(
     base: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import importlib
-
     monkeypatch.syspath_prepend(str(tmp_path))
     file = tmp_path / "changing_verifier.py"
     file.write_text("def f(text, answer): return 0\n")
@@ -278,8 +281,6 @@ def test_a_teacher_s_completions_hang_on_no_key_of_the_loss_or_of_what_students_
 def test_each_task_is_answered_by_its_own_teacher_in_its_own_engine(
     base: dict[str, Any], tmp_path: Path
 ) -> None:
-    import shutil
-
     shutil.copytree(tmp_path / "student", tmp_path / "maths")
     backend = {"type": "vllm", "engine": {"max_model_len": 96}}
     maths = {"model": str(tmp_path / "maths"), "dtype": "float32", "backend": backend}
@@ -290,6 +291,53 @@ def test_each_task_is_answered_by_its_own_teacher_in_its_own_engine(
     assert [part.policy.engine for part in parts] == [{"max_model_len": 128}, backend["engine"]]
     assert [part.place for part in parts] == ["rollout.engine", "teacher.backend.engine"]
     assert [part.policy.dtype for part in parts] == ["bfloat16", "float32"]
+
+
+def test_a_teacher_that_vllm_would_load_otherwise_is_not_asked(
+    base: dict[str, Any], tmp_path: Path
+) -> None:
+    backend = {"type": "transformers", "arguments": {"device_map": "auto", "rope_scaling": {}}}
+    own = {"model": str(tmp_path / "teacher"), "backend": backend}
+    with pytest.raises(ConfigError, match=r"'rope_scaling' may change.*teacher to false"):
+        planned(ask(base, tmp_path, teacher=own))
+
+
+def told(context: RunContext, *texts: Completions) -> list[list[str]]:
+    """Cells of the table for round 0, round 1 and the teacher, then the words below it."""
+    for index, one in zip((0, 1, None), texts, strict=True):
+        answer(context, index, commit(context.cache, f"shard {index}", one))
+    lines = list(evaluation_lines(evaluation.run(context, divergence=False)))
+    rows = [re.split(r"\s{2,}", line.strip()) for line in lines[1].splitlines()[-3:]]
+    return [*rows, [lines[-1]]]
+
+
+def test_the_table_says_what_a_reader_needs_of_the_gap(context: RunContext) -> None:
+    half, right = {"p1": ["1.", "no."], "p2": ["no", "2."]}, {"p1": ["1."] * 2, "p2": ["2."] * 2}
+    before, after, teacher, gap = told(context, half, right, right)
+    assert before == ["0", "0.500 [0.500, 0.500]", *before[2:4], "25.0%", "4"]
+    assert after[4] == "100% [100%, 100%]"
+    assert teacher[:2] == ["teacher", "1.000 [1.000, 1.000]"]
+    assert gap == ["gap: the teacher is +0.500 from round 0 in avg@n"]
+
+
+def test_the_table_says_that_a_gap_is_not_there(context: RunContext) -> None:
+    half, right = {"p1": ["1.", "no."], "p2": ["no", "2."]}, {"p1": ["1."] * 2, "p2": ["2."] * 2}
+    _, after, _, (gap,) = told(context, right, half, half)
+    assert after[4] == "undefined"
+    assert gap == (
+        "gap: the teacher is -0.500 from round 0 in avg@n; it does not lead in 100.0% of the "
+        "resamples: nothing to recover"
+    )
+
+
+def test_the_table_says_that_a_gap_is_too_unsure_for_bounds(context: RunContext) -> None:
+    right, wrong = ["1.", "1."], ["no.", "no."]
+    before = {"p1": right, "q1": wrong, "r1": wrong}
+    after = {"p1": right, "q1": right, "r1": wrong}
+    teacher = {"p1": wrong, "q1": right, "r1": right}
+    _, row, _, (gap,) = told(context, before, after, teacher)
+    assert row[4] == "100% (no bounds)"
+    assert re.search(r"does not lead in \d\d\.\d% of the resamples$", gap)
 
 
 def test_a_teacher_s_scores_are_a_file_beside_its_completions(context: RunContext) -> None:

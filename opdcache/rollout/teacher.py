@@ -10,9 +10,10 @@ from dataclasses import dataclass, field
 from itertools import groupby
 
 from .. import documents
+from ..errors import ConfigError
 from ..identity import digest, model_config, model_vocab_size
 from ..prompts import Request, Tokenizer, render
-from ..resolve import load_tokenizer, model_folder
+from ..resolve import load_tokenizer, model_arguments, model_folder
 from ..run_prompts import RunPrompts
 from ..runfolder import RunContext
 from ..schemas.manifests import RolloutManifest
@@ -39,6 +40,7 @@ def run(context: RunContext) -> TeacherHeldOut:
     """The teachers' completions of the held-out prompts, made where they are missing.
 
     Raises:
+        ConfigError: vLLM would load another model than the teacher that scores.
         PromptError: a prompt cannot be rendered for a teacher, or leaves no room for an answer.
         EngineError: vLLM does not start.
         ShardsFailed: a shard failed again and again.
@@ -70,6 +72,7 @@ def plan(context: RunContext) -> list[_Part]:
     """The shard tasks of every teacher.
 
     Raises:
+        ConfigError: vLLM would load another model than the teacher that scores.
         PromptError: a prompt cannot be rendered.
     """
     config, evaluation = context.config, context.config.evaluation
@@ -104,6 +107,12 @@ def _policy(context: RunContext, task: str, tokenizer: Tokenizer) -> tuple[Polic
     engine, place = config.rollout.engine, "rollout.engine"
     if isinstance(teacher.backend, VllmBackend):
         engine, place = teacher.backend.engine, "teacher.backend.engine"
+    elif changed := model_arguments(teacher):
+        raise ConfigError(
+            f"teacher.backend.arguments: {min(changed)!r} may change the teacher, and vLLM samples "
+            "its answers without it",
+            remedy="set evaluation.teacher to false, or take backend vllm",
+        )
     folder = model_folder(teacher)
     policy = Policy(
         folder=folder,
