@@ -21,7 +21,7 @@ from statistics import median
 from typing import Any
 from unittest import mock
 
-from opdcache.rollout import stage
+from opdcache.rollout import generator, stage
 from opdcache.rollout.engine import Sampler
 from opdcache.runfile import load_run
 from opdcache.runfolder import RunContext, open_run
@@ -96,7 +96,7 @@ class Turns:
     def stage(self) -> tuple[int, float]:
         """The stage in an empty cache; gives the completion tokens, and seconds without opening
         the run."""
-        kept = mock.patch.object(stage, "Sampler", return_value=_Kept(self._sampler))
+        kept = mock.patch.object(generator, "Sampler", return_value=_Kept(self._sampler))
         with kept, tempfile.TemporaryDirectory() as home:
             context = opened(self._config, Path(home))
             started = time.perf_counter()
@@ -136,7 +136,7 @@ def measured(config: RunConfig, repeats: int) -> dict[str, Any]:
     rollout = config.rollout
     assert rollout.sampling.is_plain, "elsewhere the stage reads every completion once more"
     sampler = Sampler(
-        plan.student,
+        plan.policy.folder,
         dtype=rollout.dtype,
         processed=not rollout.sampling.is_plain,
         topk=rollout.student_topk,

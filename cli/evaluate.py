@@ -9,12 +9,19 @@ from .common import open_context, run_file
 
 @click.command("evaluate")
 @run_file
-def command(run_file: Path) -> None:
-    """Compare each round's student with the teacher on held-out prompts, exactly."""
+@click.option(
+    "--json", "as_json", is_flag=True, help="one JSON object, as schemas/evaluation.json says"
+)
+@click.option("--no-divergence", is_flag=True, help="accuracy alone: no model is compared")
+def command(run_file: Path, as_json: bool, no_divergence: bool) -> None:
+    """Compare each round's student with the teacher on held-out prompts: exactly, and by what a
+    verifier says of their answers."""
     context = open_context(run_file)
-    from ..evaluate import ESTIMATOR, run
-    from .tables import evaluation_table
+    from ..evaluation import run
+    from .evaluation_text import evaluation_lines
 
-    rows = run(context)
-    click.echo(f"reverse KL: {ESTIMATOR}")
-    click.echo(evaluation_table(rows))
+    evaluation = run(context, divergence=not no_divergence)
+    if as_json:
+        click.echo(evaluation.model_dump_json(indent=1))
+    else:
+        click.echo("\n".join(evaluation_lines(evaluation)))

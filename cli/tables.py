@@ -4,11 +4,9 @@ from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
-from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from ..schemas.rounds import EvaluationRound
 from ..store.upkeep import Listed
 
 if TYPE_CHECKING:
@@ -21,24 +19,6 @@ def as_text(table: Table) -> str:
     with console.capture() as capture:
         console.print(table)
     return capture.get().rstrip()
-
-
-def evaluation_table(rows: Sequence[EvaluationRound]) -> str:
-    """One line a student; round 0 is before training."""
-    table = Table(
-        "round", "reverse KL", "change", "overlap@16", "entropy gap", "tokens", box=box.SIMPLE
-    )
-    for row in rows:
-        change = row.reverse_kl / rows[0].reverse_kl - 1
-        table.add_row(
-            str(row.round),
-            f"{row.reverse_kl:.4f}",
-            f"{change:+.1%}" if row.round else "",
-            f"{row.overlap:.4f}",
-            f"{row.entropy_gap:.4f}",
-            f"{row.tokens:,}",
-        )
-    return as_text(table)
 
 
 def cache_lines(rows: Sequence[Listed]) -> Iterator[str]:

@@ -16,12 +16,10 @@ from pydantic import JsonValue
 from .errors import ConfigError, InputsMissing
 from .heads import Divergence, Side, divergence
 from .identity import digest
-from .resolve import model_folder
+from .resolve import model_arguments, model_folder
 from .runfolder import RunContext
-from .schemas.config import RunConfig
 from .schemas.rounds import EvaluationRound, HeldOutRound
 from .schemas.teachers import TransformersBackend, VllmBackend
-from .score.backends import model_arguments
 from .score.rendering import Rendering
 from .score.teacher import Sequences, by_length
 from .score.transformers_scorer import TransformersScorer
@@ -29,10 +27,6 @@ from .store import rollouts as shards
 from .store.upkeep import quarantining
 
 OVERLAP_K = 16
-ESTIMATOR = (
-    "exact full-vocabulary KL(student || teacher) in float32, mean over the tokens of fresh "
-    "student completions of held-out prompts"
-)
 
 
 def run(context: RunContext) -> list[EvaluationRound]:
@@ -42,11 +36,7 @@ def run(context: RunContext) -> list[EvaluationRound]:
         ConfigError: the run has no evaluation, or transformers cannot be a teacher that vLLM is.
         InputsMissing: no student has sampled held-out prompts yet.
     """
-    if context.config.evaluation is None:
-        raise ConfigError(
-            "the run has no evaluation", where=context.folder.path, remedy="add 'evaluation' to it"
-        )
-    _refuse_other_models(context.config)
+    refuse(context)
     teachers = _Teachers(context)
     made = []
     for round_index in range(context.config.rounds + 1):
@@ -67,15 +57,25 @@ def run(context: RunContext) -> list[EvaluationRound]:
     return made
 
 
-def _refuse_other_models(config: RunConfig) -> None:
-    """Raise where vLLM's engine arguments change a teacher: transformers would be another one."""
+def refuse(context: RunContext) -> None:
+    """Refuse what cannot be compared, before anything is made for it: a run without evaluation, and
+    a teacher that vLLM's engine arguments change, of which transformers would make another one.
+
+    Raises:
+        ConfigError: it is so.
+    """
+    config = context.config
+    if config.evaluation is None:
+        raise ConfigError(
+            "the run has no evaluation", where=context.folder.path, remedy="add 'evaluation' to it"
+        )
     for teacher in (config.teacher, *config.teachers.values()):
         changed = model_arguments(teacher) if isinstance(teacher.backend, VllmBackend) else {}
         if changed:
             raise ConfigError(
                 f"teacher.backend.engine: {min(changed)!r} may change the teacher, and evaluation "
                 "compares with it as transformers loads it",
-                remedy="evaluate with a run file that has no such argument",
+                remedy="evaluate with a run file that has no such argument, or --no-divergence",
             )
 
 

@@ -11,7 +11,8 @@ from typing import TypeVar
 
 from .costs import rollout_bytes_per_token, score_bytes_per_token
 from .errors import IntegrityError
-from .rollout.stage import policy_arguments
+from .resolve import model_arguments
+from .rollout.tasks import policy_arguments
 from .runfolder import RunContext
 from .schemas.manifests import RolloutIdentity, RolloutManifest, Sampling, ScoreManifest
 from .schemas.plan import Measured
@@ -216,8 +217,6 @@ def score_rate(found: Evidence, context: RunContext) -> Measured:
     ]
     if not here:
         return _NO_RATE
-    from .score.backends import model_arguments  # imports torch
-
     asked = [(f, t.dtype, model_arguments(t), t.backend.type) for f, t in teachers]
 
     def runs_as(m: ScoreManifest) -> tuple[object, ...]:

@@ -1,15 +1,15 @@
 """Reference answers in the loss: rewards of whole completions, by a function of the user's."""
 
-import importlib
-import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .errors import ConfigError
 from .schemas.losses import LossConfig
+from .user_code import find_function, finite
 
 _ANSWERS = "name the prompts' answers (prompts.source), or leave it out"
 _PLACE = "train.loss.outcome"
@@ -24,17 +24,7 @@ def outcome_function(name: str) -> Outcome:
     Raises:
         ConfigError: there is none.
     """
-    module, _, attribute = name.partition(":")
-    try:
-        found: object = getattr(importlib.import_module(module), attribute, None)
-    except Exception as error:  # it is the user's code
-        raise ConfigError(
-            f"{_PLACE}: {module!r} cannot be imported: {type(error).__name__}: {error}",
-            remedy="install the module, or put its folder into PYTHONPATH",
-        ) from error
-    if not callable(found):
-        raise ConfigError(f"{_PLACE}: {module!r} has no function {attribute!r}")
-    return found
+    return find_function(name, _PLACE)
 
 
 def refuse_unanswered(loss: LossConfig, answers: Sequence[str | None]) -> None:
@@ -77,15 +67,7 @@ def rewards(
                 where=where(i),
                 remedy=_ANSWERS,
             )
-        try:
-            reward = float(outcome(text, answer))
-        except Exception as error:  # it is the user's code
-            raise ConfigError(
-                f"{_PLACE}: the function failed: {type(error).__name__}: {error}", where=where(i)
-            ) from error
-        if not math.isfinite(reward):
-            raise ConfigError(f"{_PLACE}: the function gave {reward}", where=where(i))
-        made.append(reward)
+        made.append(finite(partial(outcome, text, answer), _PLACE, where(i)))
     return np.array(made)
 
 

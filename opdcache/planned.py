@@ -15,7 +15,8 @@ from .errors import ModelError
 from .identity import weight_files
 from .measured import Evidence, Lengths
 from .resolve import model_folder
-from .rollout.stage import Part, RolloutPlan, RolloutTask, plan_rounds
+from .rollout.stage import Part, RolloutPlan, plan_rounds
+from .rollout.tasks import RolloutTask
 from .rounds import steps
 from .runfolder import RunContext, RunFolder, open_run, stage_files
 from .schemas.config import RunConfig

@@ -3,7 +3,8 @@
 import hashlib
 import random
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import count, islice
@@ -163,25 +164,43 @@ def _prompt(
     return Prompt(name, chat, task, answer, content)
 
 
-def _reasoning_gym(source: ReasoningGymSource) -> list[Prompt]:
+def gym_dataset(source: ReasoningGymSource) -> Any:
+    """The source's dataset: reasoning-gym's own object, which makes its entries again and alike.
+
+    Raises:
+        PromptError: reasoning-gym is not installed, or refuses the arguments.
+    """
     try:
         import reasoning_gym
     except ImportError as error:
         raise PromptError(
             "reasoning-gym is not installed", remedy="pip install reasoning-gym"
         ) from error
-    try:
-        entries = reasoning_gym.create_dataset(
+    with _said_of(source):
+        return reasoning_gym.create_dataset(
             source.dataset, size=source.size, seed=source.seed, **source.config
         )
-        return [
-            _prompt(
-                (("user", entry["question"]),),
-                task=source.dataset,
-                answer=None if entry["answer"] is None else str(entry["answer"]),
-            )
-            for entry in entries
-        ]
+
+
+def gym_prompt(source: ReasoningGymSource, entry: dict[str, Any]) -> Prompt:
+    """The prompt that an entry of a dataset is."""
+    return _prompt(
+        (("user", entry["question"]),),
+        task=source.dataset,
+        answer=None if entry["answer"] is None else str(entry["answer"]),
+    )
+
+
+def _reasoning_gym(source: ReasoningGymSource) -> list[Prompt]:
+    with _said_of(source):
+        return [gym_prompt(source, entry) for entry in gym_dataset(source)]
+
+
+@contextmanager
+def _said_of(source: ReasoningGymSource) -> Iterator[None]:
+    """What reasoning-gym raises of arguments, as an error of ours."""
+    try:
+        yield
     except (ValueError, TypeError, AssertionError) as error:
         raise PromptError(f"reasoning-gym: {error}", where=source.dataset) from error
 

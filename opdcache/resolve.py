@@ -6,6 +6,8 @@ from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
 
+from pydantic import JsonValue
+
 from .errors import ModelError, TokenizerMismatch
 from .identity import (
     FileHashes,
@@ -20,7 +22,18 @@ from .identity import (
 from .prompts import Tokenizer
 from .schemas.config import RunConfig
 from .schemas.rounds import Resolved
-from .schemas.teachers import STUDENT, HttpBackend, ModelRef, TeacherConfig
+from .schemas.teachers import (
+    STUDENT,
+    HttpBackend,
+    ModelRef,
+    TeacherConfig,
+    TransformersBackend,
+    VllmBackend,
+)
+from .vllm_engine import RUNTIME_ARGUMENTS
+
+_PLACEMENT = frozenset({"attn_implementation", "device_map", "max_memory", "offload_folder"})
+"""Arguments of transformers that cannot change distributions beyond rounding."""
 
 
 def resolve(config: RunConfig, hashes: FileHashes, began: Resolved | None) -> Resolved:
@@ -94,6 +107,21 @@ def _vocab_size(teacher: TeacherConfig, tokenizer: Path) -> int:
     if isinstance(teacher.backend, HttpBackend):
         return max(load_tokenizer(tokenizer).get_vocab().values()) + 1
     return model_vocab_size(model_config(model_folder(teacher)))
+
+
+def model_arguments(config: TeacherConfig) -> dict[str, JsonValue]:
+    """Arguments that change a model's distributions; one not known to be harmless counts.
+
+    So one score set serves whatever backend a run names, unless these differ.
+    """
+    match config.backend:
+        case VllmBackend(engine=arguments):
+            harmless = RUNTIME_ARGUMENTS | {"max_model_len"}
+        case TransformersBackend(arguments=arguments):
+            harmless = _PLACEMENT
+        case _:
+            return {}
+    return {name: value for name, value in arguments.items() if name not in harmless}
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:

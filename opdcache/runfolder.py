@@ -21,6 +21,7 @@ from .resolve import model_folder, resolve
 from .schemas.base import Model
 from .schemas.config import RunConfig
 from .schemas.rounds import (
+    AccuracyRound,
     EvaluationRound,
     HeldOutRound,
     Resolved,
@@ -29,6 +30,7 @@ from .schemas.rounds import (
     ScoreRound,
     Stage,
     StagePlan,
+    TeacherHeldOut,
     TrainRound,
 )
 from .schemas.teachers import HttpBackend
@@ -44,6 +46,7 @@ _FILES: dict[type[Model], str] = {
     ScoreRound: "score.json",
     TrainRound: "train.json",
     EvaluationRound: "evaluation.json",
+    AccuracyRound: "accuracy.json",
 }
 _SERVICE = {"backend": set(HttpBackend.model_fields) - {"type", "tokenizer"}}
 _MAY_CHANGE: Mapping[str, Any] = {
@@ -55,9 +58,10 @@ _MAY_CHANGE: Mapping[str, Any] = {
     "teacher": _SERVICE,
     "teachers": {"__all__": _SERVICE},
     "references": {"__all__": _SERVICE},
+    "evaluation": {"verifier", "teacher"},
 }
 """What may change under way: how many rounds, where things are, how work is launched and a served
-teacher is asked, what may fail."""
+teacher is asked, what may fail, who says whether completions are right."""
 
 
 class RunFolder:
@@ -77,6 +81,11 @@ class RunFolder:
     def student_path(self, round_index: int) -> Path:
         """Where the policy of a round, from 1 on, is exported."""
         return self.path / "students" / f"{round_index:03d}"
+
+    @property
+    def teacher_path(self) -> Path:
+        """Folder of what the teachers did with the held-out prompts."""
+        return self.path / "teacher"
 
     @property
     def checkpoints(self) -> Path:
@@ -157,10 +166,10 @@ class RunFolder:
         files = [self.find(kind, round_index) for kind in stage_files(config, stage, round_index)]
         return all(file is not None and self.is_sound(file, cache) for file in files)
 
-    def is_sound(self, file: RoundFile, cache: Cache) -> bool:
+    def is_sound(self, file: RoundFile | TeacherHeldOut, cache: Cache) -> bool:
         """Whether no shard that a round's file pins was put aside, or made anew otherwise."""
         match file:
-            case RolloutRound() | HeldOutRound():
+            case RolloutRound() | HeldOutRound() | TeacherHeldOut():
                 aside = cache.quarantined()
                 again = ((s, cache.rollouts(s.key)) for s in file.shards if s.key in aside)
                 return all(made and made.content == shard.content for shard, made in again)

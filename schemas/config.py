@@ -209,6 +209,17 @@ class EvaluationConfig(Model):
     )
     samples_per_prompt: int = Field(1, ge=1, description="completions a prompt")
     sampling: Sampling = Field(Sampling(), description="how completions are drawn")
+    verifier: str | None = Field(
+        None,
+        pattern=r"^(reasoning_gym|math|[A-Za-z_][\w.]*:[A-Za-z_]\w*)$",
+        description="what says how right a completion is: reasoning_gym (the scorer of the "
+        "prompts' dataset), math (math-verify), or module:function, which gives a number from 0 "
+        "to 1 for a completion's text and the prompt's reference answer; none: only the "
+        "divergence is evaluated",
+    )
+    teacher: bool = Field(
+        True, description="with a verifier, the teacher answers the prompts too, for the gap"
+    )
 
 
 class RunConfig(Model):
@@ -342,6 +353,17 @@ class RunConfig(Model):
         if self.evaluation is not None and served:
             raise ValueError(
                 "evaluation: it compares whole distributions, which an http teacher does not give"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _the_verifier_knows_the_prompts(self) -> Self:
+        if self.evaluation is None or self.evaluation.verifier != "reasoning_gym":
+            return self
+        if not isinstance(self.evaluation.source or self.prompts.source, ReasoningGymSource):
+            raise ValueError(
+                "evaluation.verifier: 'reasoning_gym' scores answers to prompts of a reasoning_gym "
+                "source; take 'math' or a function of yours"
             )
         return self
 

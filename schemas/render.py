@@ -8,15 +8,19 @@ from .audit import Audit
 from .base import Model
 from .comparison import Comparison
 from .config import RunConfig
+from .evaluation import Evaluation
 from .inspection import Listing, Row
 from .manifests import RolloutManifest, ScoreManifest
 from .plan import Plan, Rates
 from .rounds import (
+    AccuracyRound,
     EvaluationRound,
     HeldOutRound,
     Resolved,
     RolloutRound,
     ScoreRound,
+    TeacherAccuracy,
+    TeacherHeldOut,
     TrainRound,
 )
 from .status import RunStatus
@@ -31,6 +35,10 @@ DOCUMENTS: dict[str, type[Model]] = {
     "score-round": ScoreRound,
     "train-round": TrainRound,
     "evaluation-round": EvaluationRound,
+    "accuracy-round": AccuracyRound,
+    "teacher-held-out": TeacherHeldOut,
+    "teacher-accuracy": TeacherAccuracy,
+    "evaluation": Evaluation,
     "plan": Plan,
     "rates": Rates,
     "status": RunStatus,

@@ -145,4 +145,45 @@ class EvaluationRound(Model):
     tokens: int = Field(description="completion tokens, sampled anew from this round's student")
 
 
-RoundFile = RolloutRound | HeldOutRound | ScoreRound | TrainRound | EvaluationRound
+class PromptScores(Model):
+    """What a verifier says of one held-out prompt's completions."""
+
+    prompt_id: str = Field(description="the prompt's id")
+    task: str = Field(description="the prompt's task")
+    scores: tuple[float, ...] = Field(
+        description="of its completions, by sample index: 0 is wrong, 1 right"
+    )
+    num_truncated: int = Field(description="completions cut off at their longest")
+
+
+class _Verified(Model):
+    verifier: str = Field(description="evaluation.verifier")
+    version: str = Field(
+        description="of the verifier's package; of a function, the SHA-256 of its file"
+    )
+    contents: tuple[str, ...] = Field(description="content hashes of the completions' shards")
+    prompts: tuple[PromptScores, ...] = Field(description="every held-out prompt")
+
+
+class AccuracyRound(_Verified):
+    """``rounds/NNN/accuracy.json``: a round's student, before training, on held-out prompts."""
+
+    round: int = Field(description="index of the round; 0 is before any training")
+    student: str = Field(description="fingerprint of the student")
+
+
+class TeacherHeldOut(Model):
+    """``teacher/held_out.json``: the teachers' completions of the held-out prompts."""
+
+    teachers: tuple[str, ...] = Field(description="fingerprints of the shards' teachers, in order")
+    shards: tuple[RolloutShard, ...] = Field(description="shards of completions, in plan order")
+    elapsed_s: float = Field(description="wall time of the worker that finished them")
+
+
+class TeacherAccuracy(_Verified):
+    """``teacher/accuracy.json``: the same of the teachers, each on its own tasks."""
+
+    teachers: tuple[str, ...] = Field(description="fingerprints of the shards' teachers, in order")
+
+
+RoundFile = RolloutRound | HeldOutRound | ScoreRound | TrainRound | EvaluationRound | AccuracyRound

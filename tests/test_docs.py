@@ -9,7 +9,7 @@ import pytest
 from opdcache.cli.main import cli
 from opdcache.schemas.audit import AuditLimits
 from opdcache.schemas.columns import ROLLOUT_COLUMNS, SCORE_ARRAYS
-from opdcache.schemas.config import RunConfig
+from opdcache.schemas.config import EvaluationConfig, RunConfig
 from opdcache.schemas.launch import (
     KubernetesLaunch,
     LaunchConfig,
@@ -74,6 +74,11 @@ def test_every_limit_of_an_audit_is_in_the_docs_with_its_default() -> None:
         (line,) = (line for line in lines if line.startswith("| `") and f"`{name}`" in line)
         names, defaults = (cell.split(", ") for cell in line.strip("| ").split(" | ")[:2])
         assert float(defaults[names.index(f"`{name}`")]) == field.default
+
+
+def test_every_key_of_an_evaluation_is_in_the_docs() -> None:
+    keys = EvaluationConfig.model_fields
+    assert [name for name in keys if f"`{name}`" not in text("docs/evaluation.md")] == []
 
 
 def test_every_choice_of_a_loss_is_in_the_docs() -> None:

@@ -316,6 +316,26 @@ def test_a_column_that_is_none_of_ours_is_refused_with_the_near_match(tmp_path: 
     assert "did you mean 'prompt'?" in said
 
 
+@pytest.mark.parametrize("verifier", ["maths", "module", "module:", "a.b:c.d", "a b:c"])
+def test_a_verifier_is_one_of_two_names_or_a_function_of_a_module(
+    tmp_path: Path, verifier: str
+) -> None:
+    evaluation = {"source": {"type": "jsonl", "path": "p"}, "verifier": verifier}
+    assert "evaluation.verifier" in fault(run_file(tmp_path, {"evaluation": evaluation}))
+
+
+def test_reasoning_gym_s_scorers_are_refused_for_prompts_from_elsewhere(tmp_path: Path) -> None:
+    gym = {"type": "reasoning_gym", "dataset": "chain_sum", "size": 9}
+    evaluation = {"source": gym, "verifier": "reasoning_gym"}
+    load_run(run_file(tmp_path, {"evaluation": evaluation}))
+    split = {"prompts.held_out_share": 0.5, "evaluation": {"verifier": "reasoning_gym"}}
+    said = fault(run_file(tmp_path, split))
+    assert (
+        "evaluation.verifier: 'reasoning_gym' scores answers to prompts of a reasoning_gym" in said
+    )
+    load_run(run_file(tmp_path, split | {"prompts.source": gym}))
+
+
 def test_an_evaluation_without_prompts_is_refused(tmp_path: Path) -> None:
     said = fault(run_file(tmp_path, {"evaluation": {"num_prompts": 4}}))
 

@@ -155,7 +155,7 @@ def test_held_out_prompts_are_still_sampled_by_this_runs_student(
     context = opened(base | {"evaluation": {"source": source}})
     plan = plan_round(context, 0)
     assert list(plan.parts) == [HeldOutRound]
-    assert plan.fingerprint == context.resolved.student
+    assert plan.policy.fingerprint == context.resolved.student
 
 
 def test_other_rollouts_are_refused_under_way(base: dict[str, Any], tmp_path: Path) -> None:

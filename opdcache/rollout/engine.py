@@ -61,6 +61,7 @@ class Sampler:
             nucleus): it decides which log-probs the engine reports while it samples.
         topk: recorded entries a token; 0 records none.
         arguments: more engine arguments.
+        place: where in the run file those are.
 
     Raises:
         ConfigError: vLLM does not know an argument, or it is one that this class decides.
@@ -75,6 +76,7 @@ class Sampler:
         processed: bool,
         topk: int,
         arguments: dict[str, JsonValue],
+        place: str = "rollout.engine",
     ) -> None:
         self.topk = topk
         own: dict[str, JsonValue] = {
@@ -83,7 +85,7 @@ class Sampler:
             "logprobs_mode": "processed_logprobs" if processed else "raw_logprobs",
             "max_logprobs": max(topk, 1),
         }
-        self.engine = Engine(own, arguments, "rollout.engine")
+        self.engine = Engine(own, arguments, place)
 
     def sample(self, draws: Sequence[Draw], sampling: Sampling) -> list[Drawn]:
         """Draw every completion, as one batch of requests.

@@ -1,18 +1,12 @@
 """What runs a teacher: the backend that a run file names, loaded."""
 
-from pydantic import JsonValue
-
 from ..resolve import model_folder
 from ..runfolder import RunContext
 from ..schemas.teachers import HttpBackend, TeacherConfig, TransformersBackend, VllmBackend
-from ..vllm_engine import RUNTIME_ARGUMENTS
 from .http_scorer import HttpScorer
 from .teacher import Teacher
 from .transformers_scorer import TransformersScorer
 from .vllm_scorer import VllmScorer
-
-_PLACEMENT = frozenset({"attn_implementation", "device_map", "max_memory", "offload_folder"})
-"""Arguments of transformers that cannot change distributions beyond rounding."""
 
 
 def load_teacher(context: RunContext, config: TeacherConfig) -> Teacher:
@@ -47,18 +41,3 @@ def load_teacher(context: RunContext, config: TeacherConfig) -> Teacher:
                 arguments=backend.arguments,
                 say=context.progress.say,
             )
-
-
-def model_arguments(config: TeacherConfig) -> dict[str, JsonValue]:
-    """Arguments that change a model's distributions; one not known to be harmless counts.
-
-    So one score set serves whatever backend a run names, unless these differ.
-    """
-    match config.backend:
-        case VllmBackend(engine=arguments):
-            harmless = RUNTIME_ARGUMENTS | {"max_model_len"}
-        case TransformersBackend(arguments=arguments):
-            harmless = _PLACEMENT
-        case _:
-            return {}
-    return {name: value for name, value in arguments.items() if name not in harmless}

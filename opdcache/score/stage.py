@@ -15,6 +15,7 @@ from pydantic import JsonValue
 
 from ..errors import ConfigError, InputsMissing
 from ..identity import digest, key_of, model_fingerprint
+from ..resolve import model_arguments
 from ..runfolder import RunContext
 from ..schemas.columns import ScoreColumn
 from ..schemas.manifests import ScoreIdentity, ScoreManifest, ScoreRequirement
@@ -28,7 +29,7 @@ from ..store.cache import Attempt, score_commit
 from ..store.encoding import ScoreBuilder
 from ..store.scores import GROUP
 from ..store.upkeep import quarantining
-from .backends import load_teacher, model_arguments
+from .backends import load_teacher
 from .rendering import Rendering
 from .teacher import Ask, Sequences, Teacher
 
