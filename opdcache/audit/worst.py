@@ -87,20 +87,30 @@ class Largest(Generic[Item]):
         push = heapq.heappush if len(self._heap) < self._num else heapq.heapreplace
         push(self._heap, entry)
 
+    def merge(self, other: "Largest[Item]") -> None:
+        """Put in what another one, of later items, has."""
+        for value, _, item in other._sorted():
+            self.add(value, item)
+
     def items(self) -> tuple[Item, ...]:
         """Largest first."""
-        return tuple(item for _, _, item in sorted(self._heap, key=lambda e: e[:2], reverse=True))
+        return tuple(item for _, _, item in self._sorted())
+
+    def _sorted(self) -> list[tuple[float, int, Item]]:
+        return sorted(self._heap, key=lambda entry: entry[:2], reverse=True)
 
 
 class Worst:
-    """The worst completions, and the worst single tokens, by each measure.
+    """The worst completions, and the worst single tokens, by each measure; and some at random.
 
     Args:
         num: of each that are kept.
+        num_random: completions that are drawn of all, always the same ones.
     """
 
-    def __init__(self, num: int) -> None:
-        self._num = num
+    def __init__(self, num: int, num_random: int = 0) -> None:
+        self._num, self._num_random = num, num_random
+        self._drawn = Largest[Found](num_random)
         self._completions: dict[Measure, Largest[Found]] = {m: Largest(num) for m in MEASURES}
         self._tokens: dict[Measure, Largest[tuple[Found, Place]]] = {
             m: Largest(num) for m in MEASURES
@@ -121,6 +131,21 @@ class Worst:
                     row = int(block.rows[t])
                     at = Place(int(t - block.offsets[row]), _value(measure, badness))
                     tokens.add(badness, (seen.found(row, shard, part), at))
+        lots = _lots(block, shard)
+        for row in _first(lots, self._num_random):
+            if self._drawn.takes(float(lots[row])):
+                self._drawn.add(float(lots[row]), seen.found(int(row), shard, part))
+
+    def like(self) -> "Worst":
+        """An empty one, to be merged into this one."""
+        return Worst(self._num, self._num_random)
+
+    def merge(self, other: "Worst") -> None:
+        """Put in what another one, of later completions, has."""
+        self._drawn.merge(other._drawn)
+        for measure in MEASURES:
+            self._completions[measure].merge(other._completions[measure])
+            self._tokens[measure].merge(other._tokens[measure])
 
     def completions(self, by: Measure) -> tuple[Found, ...]:
         """Worst first."""
@@ -129,6 +154,10 @@ class Worst:
     def tokens(self, by: Measure) -> tuple[tuple[Found, Place], ...]:
         """Worst first, each with its completion."""
         return self._tokens[by].items()
+
+    def drawn(self) -> tuple[Found, ...]:
+        """Some at random."""
+        return self._drawn.items()
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,6 +268,12 @@ def _first(badness: Values, num: int) -> NDArray[np.int64]:
     """Where the largest values are, in order; as many as asked for, none of them NaN."""
     order = np.argsort(-badness, kind="stable")[:num]
     return np.asarray(order[~np.isnan(badness[order])])
+
+
+def _lots(block: Block, shard: Shard) -> Values:
+    """[N]: a random number of each completion, the same whenever and with whatever it is read."""
+    seed = [int(shard.scored.rollouts.key[:15], 16), block.first_row]
+    return np.random.default_rng(seed).random(len(block.offsets) - 1)
 
 
 def _worst(badness: dict[Measure, Values]) -> Iterator[tuple[Measure, Place]]:
