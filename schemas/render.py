@@ -7,6 +7,7 @@ from pathlib import Path
 from .audit import Audit
 from .base import Model
 from .config import RunConfig
+from .inspection import Row
 from .manifests import RolloutManifest, ScoreManifest
 from .plan import Plan, Rates
 from .rounds import (
@@ -33,6 +34,7 @@ DOCUMENTS: dict[str, type[Model]] = {
     "rates": Rates,
     "status": RunStatus,
     "audit": Audit,
+    "inspect": Row,
 }
 
 

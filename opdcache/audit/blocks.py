@@ -40,6 +40,7 @@ class Block:
     """Consecutive completions of a shard. Index t is what predicts completion token t.
 
     Attributes:
+        shard: the start of its rollout key.
         first_row: of the shard.
         table: the completions' rows.
         offsets: int64 [N + 1], of their tokens.
@@ -53,6 +54,7 @@ class Block:
         step: quantisation step of the teacher's log-probs, see ``store.codec``.
     """
 
+    shard: str
     first_row: int
     table: pa.Table
     offsets: NDArray[np.int64]
@@ -89,9 +91,22 @@ class Block:
         """The teacher's likeliest entries; None when they are not stored."""
         return _entries(self.scores)
 
+    @property
+    def own_entries(self) -> Entries | None:
+        """The policy's likeliest entries, of its own scores; None when they are not stored."""
+        return None if self.own is None else _entries(self.own)
 
-def blocks(cache: Cache, shard: Shard) -> Iterator[Block]:
+    @property
+    def has_recorded(self) -> bool:
+        """Whether ``student`` are the entries that were recorded with the rollouts."""
+        return "student_topk_ids" in self.table.column_names
+
+
+def blocks(cache: Cache, shard: Shard, row: int | None = None) -> Iterator[Block]:
     """A shard's completions in order.
+
+    Args:
+        row: give only the block that has this row of the shard; all by default.
 
     Raises:
         ObjectMissing, ChecksumMismatch, InvalidShard: it is not what was committed, or its scores
@@ -104,13 +119,13 @@ def blocks(cache: Cache, shard: Shard) -> Iterator[Block]:
     scores = cache.open_score_set(content, scored.teacher, scored.served, whole=False)
     own = cache.open_score_set(content, shard.student, shard.own, whole=False)
     step = max(manifest.identity.step for _, _, manifest in scores.parts)
-    first_row = 0
-    for number in range(len(opened.starts) - 1):
+    for number, first_row in enumerate(opened.starts[:-1].tolist()):
+        if row is not None and not first_row <= row < opened.starts[number + 1]:
+            continue
         table = opened.group(number)
         theirs, ours = _read(scores, table, first_row), _read(own, table, first_row)
         assert theirs is not None
-        yield _block(table, first_row, theirs, ours, manifest.vocab_size, step)
-        first_row += table.num_rows
+        yield _block((shard.name, first_row), table, theirs, ours, manifest.vocab_size, step)
 
 
 def _read(scores: ScoreSet, table: pa.Table, first_row: int) -> Scores | None:
@@ -133,14 +148,20 @@ def _read(scores: ScoreSet, table: pa.Table, first_row: int) -> Scores | None:
 
 
 def _block(
-    table: pa.Table, first_row: int, scores: Scores, own: Scores | None, num_ids: int, step: float
+    first: tuple[str, int],
+    table: pa.Table,
+    scores: Scores,
+    own: Scores | None,
+    num_ids: int,
+    step: float,
 ) -> Block:
     columns = _columns(table)
     behavior = columns.get("behavior_logprobs")
     if behavior is None and own is not None:
         behavior = own.sampled_logprobs
     return Block(
-        first_row=first_row,
+        shard=first[0],
+        first_row=first[1],
         table=table,
         offsets=tables.token_offsets(table),
         token_ids=columns["completion_token_ids"],
