@@ -229,7 +229,7 @@ def disagreement(block: Block) -> Values | None:
         return None
     theirs_TS = _at_most(student, teacher)
     given = block.scores.student_topk
-    if given is not None and given.logprobs.shape == theirs_TS.shape:
+    if given is not None and block.has_recorded:
         theirs_TS = np.exp(given.logprobs.astype(np.float64))
     above_T = np.maximum(_masses(student) - theirs_TS, 0).sum(axis=1)
     below_T = np.maximum(_masses(teacher) - _at_most(teacher, student), 0).sum(axis=1)
