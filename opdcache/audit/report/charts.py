@@ -206,7 +206,7 @@ _BOUNDED = ("value", "low", "high")
 def _with_lines(figure: Figure, x: str, rows: Rows, unit: str, *, log: bool = False) -> Figure:
     """The figure with a line a series, a band where values have bounds, and the numbers."""
     names = list(dict.fromkeys(row["series"] for row in rows))
-    legend = None if len(names) == 1 else alt.Legend(title=None)
+    legend = None if len(names) == 1 else alt.Legend(title=None, symbolOpacity=1, symbolDash=[1, 0])
     base = alt.Chart(alt.Data(values=rows)).encode(
         x=_axis(x, [row[x] for row in rows], log),
         color=alt.Color("series:N", sort=None, legend=legend, scale=_scale(names, COLOURS)),

@@ -69,7 +69,6 @@ def page(contents: Contents) -> str:
         made_at=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
         sections=_SECTIONS.items(),
         said=_said(audit),
-        findings=[(f.level, f.check, f.where, f.value, f.limit, f.reason) for f in audit.findings],
         figured=figures(audit, contents.evaluations),
         completions=_completions(audit.parts),
         special=list(_special(audit.parts)),
@@ -123,7 +122,9 @@ def _template() -> jinja2.Template:
 def _number(value: object) -> str:
     if value is None:
         return "-"
-    return f"{value:,.4f}" if isinstance(value, float) else f"{value:,}"
+    if not isinstance(value, float):
+        return f"{value:,}"
+    return f"{value:.4g}" if abs(value) < 1000 else f"{value:,.0f}"
 
 
 def _cut(text: str) -> str:

@@ -46,7 +46,8 @@ function show(panel, packed, text) {
   const table = add(panel, "table");
   add(table, "caption", `the student's ${numStudent} and the teacher's ${numTeacher} likeliest`, "hidden");
   const head = add(add(table, "thead"), "tr");
-  for (const name of ["token", "p", "rank", "q", "rank"]) add(head, "th", name).scope = "col";
+  add(head, "th", "token").scope = "col";
+  for (const name of ["p", "rank", "q", "rank"]) add(head, "th", name, "n").scope = "col";
   const body = add(table, "tbody");
   for (const [entryText, entryId, entryP, entryQ, rankP, rankQ] of entries) {
     const isSampled = entryId === id;
