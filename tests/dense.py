@@ -126,6 +126,7 @@ def block_of(
     table = rows_of(given, recorded)
     ids, values = top(given.p, recorded)
     return Block(
+        shard="shard",
         first_row=first_row,
         table=table,
         offsets=given.offsets,
