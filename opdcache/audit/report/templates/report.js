@@ -78,11 +78,10 @@ function beside(tokens, from, step) {
   return best;
 }
 
-for (const article of document.querySelectorAll("article")) {
-  const list = article.querySelector(".tokens"), panel = article.querySelector(".panel");
+for (const list of document.querySelectorAll(".tokens")) {
+  const article = list.closest("article"), panel = article.querySelector(".panel");
   const packed = JSON.parse(article.querySelector(".packed").textContent);
   const tokens = [...list.children];
-  if (!tokens.length) continue;
   let current = Number(list.dataset.focus);
   const look = (i) => show(panel, packed[i], tokens[i].textContent.replace("\n", ""));
   const select = (i, isSelected) => {
