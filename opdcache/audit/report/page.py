@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -82,7 +83,7 @@ def page(contents: Contents) -> str:
         costs=list(_costs(sets)),
         css=Markup((_TEMPLATES / "report.css").read_text(encoding="utf-8")),
         js=Markup((_TEMPLATES / "report.js").read_text(encoding="utf-8")),
-        vega=Markup(vl_convert.javascript_bundle(_EXPOSED).replace("</script", "<\\/script")),
+        vega=_vega(),
     )
 
 
@@ -117,6 +118,12 @@ def _template() -> jinja2.Template:
     }
     environment.tests["link"] = lambda value: isinstance(value, Link)
     return environment.get_template("report.html")
+
+
+@cache
+def _vega() -> Markup:
+    """Vega-Lite and all that it needs, for one script."""
+    return Markup(vl_convert.javascript_bundle(_EXPOSED).replace("</script", "<\\/script"))
 
 
 def _number(value: object) -> str:
