@@ -315,14 +315,18 @@ def _with_cells(figure: Figure, rows: Rows, diverging: bool) -> Figure:
     scale = (
         alt.Scale(domain=[-furthest, furthest], range=list(_DIVERGING), interpolate="lab")
         if diverging
-        else alt.Scale(scheme="viridis", reverse=True, zero=True)
+        else alt.Scale(scheme="viridis", reverse=True, zero=False)
     )
     legend = alt.Legend(title="nats", gradientLength=200)
     chart = (
         alt.Chart(alt.Data(values=rows))
         .mark_rect()
         .encode(
-            x=alt.X("from:O", title="position", axis=alt.Axis(labelAngle=0, labelOverlap=True)),
+            x=alt.X(
+                "from:O",
+                title="position",
+                axis=alt.Axis(labelAngle=0, labelOverlap="greedy", labelSeparation=8),
+            ),
             y=alt.Y("round:O", title="round", axis=alt.Axis(labelOverlap=True)),
             color=alt.Color("value:Q", scale=scale, legend=legend),
             tooltip=[

@@ -17,7 +17,7 @@ from ..worst import MEASURES, Found, Measure, Place, Worst
 from .charts import Figure, figures
 from .gather import Contents
 from .sets import MOST_LISTED, Counts, Group, Sets
-from .views import View, Wanted, found_in, packed, step_of, visible
+from .views import WORST, View, Wanted, found_in, packed, step_of, visible
 
 _TEMPLATES = Path(__file__).parent / "templates"
 _SECTIONS = {
@@ -188,20 +188,15 @@ def _worst(worst: Worst, shown: Sequence[View]) -> Iterator[tuple[str, tuple[str
         if found := worst.completions(measure):
             rows = [_completion(one, one.worst[measure], measure, shown) for one in found]
             yield (
-                f"Completions by {_WORST[measure]}",
+                f"Completions by {WORST[measure]} mean {measure}",
                 (*columns, "worst token at", f"its {measure}"),
                 rows,
             )
     for measure in MEASURES:
         if tokens := worst.tokens(measure):
             rows = [_completion(one, place, measure, shown) for one, place in tokens]
-            yield f"Tokens by {_WORST[measure]}", (*columns, "token at", f"its {measure}"), rows
-
-
-_WORST: dict[Measure, str] = {
-    "advantage": "least advantage",
-    "disagreement": "largest disagreement",
-}
+            title = f"Tokens by {WORST[measure]} {measure}"
+            yield title, (*columns, "token at", f"its {measure}"), rows
 
 
 def _completion(

@@ -12,15 +12,14 @@ from ...schemas.inspection import Entry, Row, Token
 from ...store.cache import Cache
 from ..rows import Texts, read_row
 from ..targets import Shard, Target
-from ..worst import MEASURES, Place, Worst
+from ..worst import MEASURES, Measure, Place, Worst
 
 MOST_TOKENS = 256
 MOST_ENTRIES = 16
 NUM_RANDOM = 2
+WORST: dict[Measure, str] = {"advantage": "least", "disagreement": "largest"}
 _STEPS = (0.25, 0.5, 1.0, 2.0, 4.0)
 """Advantages, nats, from which on a token's colour is stronger."""
-_MARKED = 3
-"""The step from which on it is marked by lines too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,11 +80,11 @@ def worst_first(worst: Worst) -> Iterator[Wanted]:
     for measure in MEASURES:
         for rank, found in enumerate(worst.completions(measure), 1):
             place = found.worst[measure]
-            why = f"number {rank} by mean {measure}"
+            why = f"number {rank} by {WORST[measure]} mean {measure}"
             yield Wanted(found.part, found.shard, found.row, place.position, why)
     for measure in MEASURES:
         for rank, (found, place) in enumerate(worst.tokens(measure), 1):
-            why = f"its token {place.position} is number {rank} by {measure}"
+            why = f"its token {place.position} is number {rank} by {WORST[measure]} {measure}"
             yield Wanted(found.part, found.shard, found.row, place.position, why)
     for found in worst.drawn():
         focus = _position(found.worst.get("advantage"))
