@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
+from opdcache.audit.report import report
 from opdcache.audit.report.gather import Contents, gather
 from opdcache.audit.report.page import page
 from opdcache.audit.report.sets import MOST_LISTED, sets_of
@@ -198,6 +199,8 @@ def test_a_long_completion_is_shown_around_the_token_that_it_is_shown_for(
     assert any(view.num_tokens > MOST_TOKENS and view.first for view in contents.views)
     for view in contents.views:
         assert len(view.tokens) == min(view.num_tokens, MOST_TOKENS)
+        at_the_end = view.num_tokens - view.first == len(view.tokens)
+        assert view.focus == MOST_TOKENS // 2 or view.first == 0 or at_the_end
         assert 0 <= view.focus < max(1, len(view.tokens))
         positions = [token.position for token in view.tokens]
         assert positions == list(range(view.first, view.first + len(view.tokens)))
@@ -237,6 +240,11 @@ def test_a_row_that_is_none_is_refused(made: Made, row: str) -> None:
 def test_a_row_past_the_shard_s_last_is_refused_with_how_many_there_are(made: Made) -> None:
     with pytest.raises(UsageError, match="0 to 4"):
         contents_of(made, rows=[f"{first_key(made)}:5"])
+
+
+def test_a_folder_that_is_not_there_is_told_before_anything_is_read(made: Made) -> None:
+    with pytest.raises(UsageError, match="no such folder"):
+        list(report(made.path, made.path.parent / "none/r.html", rows=["zzz:0"]))
 
 
 def test_a_no_go_is_no_failure_of_the_report(tmp_path: Path) -> None:
@@ -428,9 +436,13 @@ def test_arrow_keys_move_in_a_completion_and_the_panel_follows(opened: "Page") -
         opened.keyboard.press(key)
         assert focused(view) == place
         assert panel.inner_text().startswith(f"token {first_position(view) + place}:")
+    opened.evaluate("document.activeElement.scrollIntoView({block: 'center'})")
+    before = opened.evaluate("scrollY")
     opened.keyboard.press("ArrowDown")
     below = focused(view)
     assert below > 1
+    opened.wait_for_timeout(300)  # what a key does of itself is to scroll, softly
+    assert opened.evaluate("scrollY") == before
     opened.keyboard.press("ArrowUp")
     assert focused(view) < below
     opened.keyboard.press("End")

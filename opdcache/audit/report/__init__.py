@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from ...errors import NotInstalled
+from ...errors import NotInstalled, UsageError
 from ...runfolder import RunFolder
 from ..targets import of_run
 
@@ -30,8 +30,10 @@ def report(
     Raises:
         NotInstalled: a package of the extra ``report`` is not there.
         InputsMissing: the run has no scored round, or not one that was asked for.
-        UsageError: a row is not of these rounds.
+        UsageError: a row is not of these rounds, or there is no folder for the file.
     """
+    if not output.parent.is_dir():
+        raise UsageError("no such folder", where=output.parent, remedy="make it, or name another")
     try:
         from .gather import gather
         from .page import page, pngs

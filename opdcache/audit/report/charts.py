@@ -5,7 +5,7 @@ table.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import altair as alt
@@ -38,19 +38,28 @@ Rows = list[dict[str, Any]]
 
 
 @dataclass(frozen=True, slots=True)
-class Figure:
-    """A chart.
+class Heading:
+    """What is said of a chart.
 
     Attributes:
         name: of its element and file.
         caption: what is seen, in which units, and how to read it.
-        spec: Vega-Lite, as wide as what it is put into.
-        columns, rows: its numbers.
     """
 
     name: str
     title: str
     caption: str
+
+
+@dataclass(frozen=True, slots=True)
+class Figure(Heading):
+    """A chart.
+
+    Attributes:
+        spec: Vega-Lite, as wide as what it is put into.
+        columns, rows: its numbers.
+    """
+
     spec: dict[str, Any]
     columns: tuple[str, ...]
     rows: tuple[tuple[object, ...], ...]
@@ -81,6 +90,12 @@ H_Q = _Series("teacher, H(q)", "teacher_entropy")
 H_P = _Series("student, H(p)", "student_entropy", "student_entropy_low", "student_entropy_high")
 GAP = _Series("gap", "entropy_gap", "entropy_gap_low", "entropy_gap_high")
 ADVANTAGE = _Series("advantage", "advantage")
+OVERLAP_ADVANTAGE = _Series("overlap-token advantage", "overlap_advantage")
+OVERLAP = (
+    _Series("overlap", "overlap"),
+    _Series("student's mass on it", "overlap_mass_student"),
+    _Series("teacher's mass on it", "overlap_mass_teacher"),
+)
 
 
 def figures(audit: Audit, evaluations: Sequence[EvaluationRound]) -> dict[str, list[Figure]]:
@@ -93,118 +108,80 @@ def figures(audit: Audit, evaluations: Sequence[EvaluationRound]) -> dict[str, l
 
 
 def _over_rounds(audit: Audit, evaluations: Sequence[EvaluationRound]) -> Iterator[Figure]:
-    k = audit.k
-    overlap = (
-        _Series(f"overlap of the top {k}", "overlap"),
-        _Series("student's mass on it", "overlap_mass_student"),
-        _Series("teacher's mass on it", "overlap_mass_teacher"),
-    )
-    yield from _rounds(
-        audit,
-        Figure(
-            "overlap",
-            "Overlap and its masses",
-            f"Share of the {k} likeliest tokens that both models have in common, and how much of "
-            "each model's probability is on these. Where distillation works the overlap climbs "
-            "and the masses come near 1.",
-            *_EMPTY,
-        ),
-        overlap,
-        "share",
-    )
-    yield from _rounds(
-        audit,
-        Figure(
-            "advantage",
-            "Advantage of the sampled tokens",
-            "Mean of log q - log p of the tokens that the student sampled, nats: minus the reverse "
-            "KL. It should climb towards 0.",
-            *_EMPTY,
-        ),
-        (ADVANTAGE,),
-        "nats",
-    )
-    yield from _rounds(
-        audit,
-        Figure(
-            "overlap-advantage",
-            "Overlap-token advantage",
-            "The same on the shared tokens alone, renormalised on them, a token's share of it, "
-            "nats. At most 0, and 0 is good; read it with the masses, since it says nothing of "
-            "what is not shared.",
-            *_EMPTY,
-        ),
-        (_Series("overlap-token advantage", "overlap_advantage"),),
-        "nats",
-    )
-    bounds = (
-        ""
-        if all(_is_exact(part) for part in audit.parts)
-        else " A band is between the least and the largest value that the recorded entries allow, "
-        "its line is their middle."
-    )
-    yield from _rounds(
-        audit,
-        Figure(
-            "entropy",
-            "Entropy",
-            "Mean entropy of both models' next-token distributions, nats." + bounds,
-            *_EMPTY,
-        ),
-        (H_Q, H_P),
-        "nats",
-    )
-    yield from _rounds(
-        audit,
-        Figure(
-            "entropy-gap",
-            "Entropy gap",
-            "Mean of |H(q) - H(p)| of each token, nats. It should fall." + bounds,
-            *_EMPTY,
-        ),
-        (GAP,),
-        "nats",
-    )
-    yield from _held_out(evaluations)
-
-
-_EMPTY: tuple[dict[str, Any], tuple[str, ...], tuple[tuple[object, ...], ...]] = ({}, (), ())
-
-
-def _rounds(audit: Audit, figure: Figure, series: Sequence[_Series], unit: str) -> Iterator[Figure]:
-    """The figure with lines over the rounds; nothing when no round has any of the values."""
-    rows: Rows = [
-        {"round": part.round, "series": one.name, **values}
-        for part in audit.parts
-        for one in series
-        if (values := one.at(part.diagnostics)) is not None
-    ]
-    if rows:
-        yield _with_lines(figure, "round", rows, unit)
-
-
-def _held_out(evaluations: Sequence[EvaluationRound]) -> Iterator[Figure]:
-    rows: Rows = [
+    """Those with lines over the rounds; without those that no round has a value of."""
+    for heading, series, unit in _lines(audit):
+        rows: Rows = [
+            {"round": part.round, "series": one.name, **values}
+            for part in audit.parts
+            for one in series
+            if (values := one.at(part.diagnostics)) is not None
+        ]
+        if rows:
+            yield _with_lines(heading, "round", rows, unit)
+    held_out: Rows = [
         {"round": e.round, "series": "reverse KL", **dict.fromkeys(_BOUNDED, e.reverse_kl)}
         for e in evaluations
     ]
-    figure = Figure(
-        "held-out",
-        "Reverse KL on held-out prompts",
-        "Mean of KL(student || teacher) over the tokens that each round's student, before its "
-        "training, samples on prompts that it is never trained on, nats. This is the result: it "
-        "should fall.",
-        *_EMPTY,
+    if held_out:
+        yield _with_lines(_HELD_OUT, "round", held_out, "nats")
+
+
+def _lines(audit: Audit) -> Iterator[tuple[Heading, tuple[_Series, ...], str]]:
+    """What goes over the rounds, and its unit."""
+    exact = all(_is_exact(part) for part in audit.parts)
+    bounds = "" if exact else _OF_A_BAND
+    overlap = Heading(
+        "overlap",
+        "Overlap and its masses",
+        f"Share of the {audit.k} likeliest tokens that both models have in common, and how much of "
+        "each model's probability is on these. Where distillation works the overlap climbs and the "
+        "masses come near 1.",
     )
-    if rows:
-        yield _with_lines(figure, "round", rows, "nats")
+    entropy = Heading(
+        "entropy",
+        "Entropy",
+        f"Mean entropy of both models' next-token distributions, nats.{bounds}",
+    )
+    gap = Heading(
+        "entropy-gap",
+        "Entropy gap",
+        f"Mean of |H(q) - H(p)| of each token, nats. It should fall.{bounds}",
+    )
+    yield overlap, OVERLAP, "share"
+    yield _ADVANTAGE, (ADVANTAGE,), "nats"
+    yield _OVERLAP_ADVANTAGE, (OVERLAP_ADVANTAGE,), "nats"
+    yield entropy, (H_Q, H_P), "nats"
+    yield gap, (GAP,), "nats"
 
 
+_OF_A_BAND = (
+    " A band is between the least and the largest value that the recorded entries allow, its line "
+    "is their middle."
+)
+_ADVANTAGE = Heading(
+    "advantage",
+    "Advantage of the sampled tokens",
+    "Mean of log q - log p of the tokens that the student sampled, nats: minus the reverse KL. It "
+    "should climb towards 0.",
+)
+_OVERLAP_ADVANTAGE = Heading(
+    "overlap-advantage",
+    "Overlap-token advantage",
+    "The same on the shared tokens alone, renormalised on them, a token's share of it, nats. At "
+    "most 0, and 0 is good; read it with the masses, since it says nothing of what is not shared.",
+)
+_HELD_OUT = Heading(
+    "held-out",
+    "Reverse KL on held-out prompts",
+    "Mean of KL(student || teacher) over the tokens that each round's student, before its "
+    "training, samples on prompts that it is never trained on, nats. This is the result: it should "
+    "fall.",
+)
 _BOUNDED = ("value", "low", "high")
 
 
-def _with_lines(figure: Figure, x: str, rows: Rows, unit: str, *, log: bool = False) -> Figure:
-    """The figure with a line a series, a band where values have bounds, and the numbers."""
+def _with_lines(heading: Heading, x: str, rows: Rows, unit: str, *, log: bool = False) -> Figure:
+    """A line a series, a band where values have bounds, and the numbers."""
     names = list(dict.fromkeys(row["series"] for row in rows))
     legend = None if len(names) == 1 else alt.Legend(title=None, symbolOpacity=1, symbolDash=[1, 0])
     base = alt.Chart(alt.Data(values=rows)).encode(
@@ -229,7 +206,7 @@ def _with_lines(figure: Figure, x: str, rows: Rows, unit: str, *, log: bool = Fa
         layers.insert(0, band.encode(y=alt.Y("low:Q", title=unit), y2="high:Q"))
     bounds = ("low", "high") if len(layers) == 3 else ()
     columns = (x, "series", "value", *bounds)
-    return _drawn(figure, alt.layer(*layers), columns, rows)
+    return _drawn(heading, alt.layer(*layers), columns, rows)
 
 
 def _is_line(rows: Rows, x: str) -> bool:
@@ -254,45 +231,23 @@ def _rounded(field: str, unit: str) -> alt.Tooltip:
     return alt.Tooltip(f"{field}:Q", format=".4f", title=unit)
 
 
-def _drawn(figure: Figure, chart: Any, columns: tuple[str, ...], rows: Rows) -> Figure:
-    spec = chart.properties(width="container", height=_HEIGHT).to_dict()
+def _drawn(
+    heading: Heading, chart: Any, columns: tuple[str, ...], rows: Rows, height: int = _HEIGHT
+) -> Figure:
+    spec = chart.properties(width="container", height=height).to_dict()
     spec = {name: value for name, value in spec.items() if name != "$schema"}
     spec |= {
         "config": _CONFIG,
-        "description": f"{figure.title}. {figure.caption}",
+        "description": f"{heading.title}. {heading.caption}",
         "autosize": {"type": "fit-x", "contains": "padding"},
     }
     listed = tuple(tuple(row[name] for name in columns) for row in rows)
-    return replace(figure, spec=spec, columns=columns, rows=listed)
+    return Figure(heading.name, heading.title, heading.caption, spec, columns, listed)
 
 
 def _by_position(audit: Audit) -> Iterator[Figure]:
-    exact = all(_is_exact(part) for part in audit.parts)
-    middle = "" if exact else " It is the middle of the bounds that the recorded entries give."
-    chunk = f"each cell is {audit.chunk_tokens:,} positions of a round, darker is more"
-    for name, title, series, caption in (
-        (
-            "positions-teacher-entropy",
-            "Teacher's entropy H(q) by position",
-            H_Q,
-            f"Nats; {chunk}. Where it rises with depth the teacher is lost in what the student "
-            "wrote.",
-        ),
-        (
-            "positions-student-entropy",
-            "Student's entropy H(p) by position",
-            H_P,
-            f"Nats; {chunk}.{middle}",
-        ),
-        (
-            "positions-advantage",
-            "Advantage by position",
-            ADVANTAGE,
-            "Mean of log q - log p of the sampled tokens, nats; orange is below 0, where the "
-            "student is surer of them than the teacher. Trouble that starts at the end of "
-            "completions shows here first.",
-        ),
-    ):
+    """Heatmaps of what is stored."""
+    for heading, series in _cells(audit):
         rows: Rows = [
             {
                 "from": at.first,
@@ -306,11 +261,35 @@ def _by_position(audit: Audit) -> Iterator[Figure]:
             if (values := series.at(at)) is not None
         ]
         if rows:
-            yield _with_cells(Figure(name, title, caption, *_EMPTY), rows, series is ADVANTAGE)
+            yield _with_cells(heading, rows, series is ADVANTAGE)
 
 
-def _with_cells(figure: Figure, rows: Rows, diverging: bool) -> Figure:
-    """The figure with a cell a round and position chunk, and the numbers."""
+def _cells(audit: Audit) -> Iterator[tuple[Heading, _Series]]:
+    exact = all(_is_exact(part) for part in audit.parts)
+    middle = "" if exact else " It is the middle of the bounds that the recorded entries give."
+    said = f"Nats; a cell is {audit.chunk_tokens:,} positions of a round, darker is more."
+    teacher = Heading(
+        "positions-teacher-entropy",
+        "Teacher's entropy H(q) by position",
+        f"{said} Where it rises with depth the teacher is lost in what the student wrote.",
+    )
+    student = Heading(
+        "positions-student-entropy", "Student's entropy H(p) by position", said + middle
+    )
+    advantage = Heading(
+        "positions-advantage",
+        "Advantage by position",
+        "Mean of log q - log p of the sampled tokens, nats; orange is below 0, where the student "
+        "is surer of them than the teacher. Trouble that starts at the end of completions shows "
+        "here first.",
+    )
+    yield teacher, H_Q
+    yield student, H_P
+    yield advantage, ADVANTAGE
+
+
+def _with_cells(heading: Heading, rows: Rows, diverging: bool) -> Figure:
+    """A cell a round and position chunk, and the numbers."""
     furthest = max(abs(row["value"]) for row in rows) or 1.0
     scale = (
         alt.Scale(domain=[-furthest, furthest], range=list(_DIVERGING), interpolate="lab")
@@ -336,8 +315,8 @@ def _with_cells(figure: Figure, rows: Rows, diverging: bool) -> Figure:
         )
     )
     num_rounds = len({row["round"] for row in rows})
-    drawn = _drawn(figure, chart, ("round", "from", "to", "value", "tokens"), rows)
-    return replace(drawn, spec=drawn.spec | {"height": min(600, max(60, 28 * num_rounds))})
+    height = min(600, max(60, 28 * num_rounds))
+    return _drawn(heading, chart, ("round", "from", "to", "value", "tokens"), rows, height)
 
 
 def _by_k(audit: Audit) -> Iterator[Figure]:
@@ -364,8 +343,8 @@ def _by_k(audit: Audit) -> Iterator[Figure]:
             if (value := getattr(at, field)) is not None
         ]
         if rows:
-            figure = Figure(f"k-{field.replace('_', '-')}", title, caption + said, *_EMPTY)
-            yield _with_lines(figure, "k", rows, "share", log=True)
+            heading = Heading(f"k-{field.replace('_', '-')}", title, caption + said)
+            yield _with_lines(heading, "k", rows, "share", log=True)
 
 
 def _spread(parts: Sequence[PartAudit]) -> list[PartAudit]:
