@@ -2,7 +2,7 @@
 
 import click
 
-from .common import audit_limits, cache_option, chosen_rounds
+from .common import cache_option, changed_limits, chosen_rounds, looking_options
 
 
 @click.command("audit")
@@ -10,30 +10,7 @@ from .common import audit_limits, cache_option, chosen_rounds
 @cache_option
 @chosen_rounds
 @click.option("--reference", metavar="NAME", help="a reference's scores in the teacher's place")
-@click.option(
-    "-k",
-    "k",
-    type=click.IntRange(min=1),
-    default=16,
-    show_default=True,
-    help="entries that the overlap is taken of",
-)
-@click.option(
-    "--chunk",
-    "chunk_tokens",
-    type=click.IntRange(min=1),
-    default=1024,
-    show_default=True,
-    metavar="TOKENS",
-    help="length of the position chunks",
-)
-@click.option(
-    "--limit",
-    "limits",
-    multiple=True,
-    metavar="NAME=VALUE",
-    help="a limit of the verdict, in the place of the run file's (audit) or the default",
-)
+@looking_options
 @click.option("--json", "as_json", is_flag=True, help="one JSON object: schemas/audit.json")
 @click.pass_context
 def command(
@@ -53,11 +30,12 @@ def command(
     """
     from ..audit.run import audit
     from ..audit.targets import target
+    from ..schemas.audit import AuditLimits
     from .audit_text import audit_text
 
     looked_at = target(named, cache=cache, rounds=rounds, reference=reference)
     config = looked_at.config
-    asked = audit_limits(None if config is None else config.audit, limits)
+    asked = changed_limits(AuditLimits() if config is None else config.audit, limits)
     found = audit(looked_at, k=k, chunk_tokens=chunk_tokens, limits=asked)
     click.echo(found.model_dump_json(indent=1) if as_json else audit_text(found))
     context.exit(0 if found.is_go else 3)

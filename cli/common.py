@@ -12,9 +12,11 @@ if TYPE_CHECKING:
     from ..rounds import Step
     from ..runfolder import RunContext
     from ..schemas.audit import AuditLimits
+    from ..schemas.comparison import CompareLimits
     from ..stage import Worker
 
 Command = TypeVar("Command", bound=Callable[..., Any])
+Limits = TypeVar("Limits", "AuditLimits", "CompareLimits")
 
 run_file = click.argument("run_file", metavar="RUN.yaml", type=click.Path(path_type=Path))
 
@@ -56,18 +58,48 @@ def chosen_rounds(function: Command) -> Command:
     return option(function)
 
 
-def audit_limits(own: "AuditLimits | None", given: Sequence[str]) -> "AuditLimits":
-    """Limits of a run file, some of them replaced by ``NAME=VALUE``."""
-    from pydantic import ValidationError
+def looking_options(function: Command) -> Command:
+    """-k, --chunk and --limit."""
+    for option in (
+        click.option(
+            "--limit",
+            "limits",
+            multiple=True,
+            metavar="NAME=VALUE",
+            help="another limit for the verdict; a wrong name lists them",
+        ),
+        click.option(
+            "--chunk",
+            "chunk_tokens",
+            type=click.IntRange(min=1),
+            default=1024,
+            show_default=True,
+            metavar="TOKENS",
+            help="length of the position chunks",
+        ),
+        click.option(
+            "-k",
+            "k",
+            type=click.IntRange(min=1),
+            default=16,
+            show_default=True,
+            help="entries that the overlap is taken of",
+        ),
+    ):
+        function = option(function)
+    return function
 
-    from ..schemas.audit import AuditLimits
+
+def changed_limits(own: "Limits", given: Sequence[str]) -> "Limits":
+    """Limits, some of them replaced by ``NAME=VALUE``."""
+    from pydantic import ValidationError
 
     changed = dict(item.partition("=")[::2] for item in given)
     try:
-        return AuditLimits.model_validate({**(own or AuditLimits()).model_dump(), **changed})
+        return type(own).model_validate({**own.model_dump(), **changed})
     except ValidationError as error:
         first = error.errors()[0]
-        known = ", ".join(AuditLimits.model_fields)
+        known = ", ".join(type(own).model_fields)
         text = f"{first['loc'][0]}: {first['msg']} (known limits: {known})"
         raise click.BadParameter(text, param_hint="--limit") from error
 

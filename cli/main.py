@@ -7,7 +7,22 @@ import sys
 import click
 
 from ..errors import OpdcacheError, StoreError, StoreFull, UsageError
-from . import audit, cache, demo, evaluate, plan, report, rollout, run, score, status, submit, train
+from . import (
+    audit,
+    cache,
+    compare,
+    demo,
+    evaluate,
+    inspect,
+    plan,
+    report,
+    rollout,
+    run,
+    score,
+    status,
+    submit,
+    train,
+)
 
 _EXTRAS = frozenset(
     {"torch", "transformers", "vllm", "deepspeed", "tensorboard", "matplotlib", "huggingface_hub"}
@@ -20,20 +35,11 @@ def cli() -> None:
     """Offline-cached, batch on-policy distillation of language models."""
 
 
-for module in (
-    run,
-    submit,
-    plan,
-    rollout,
-    score,
-    train,
-    evaluate,
-    audit,
-    report,
-    status,
-    cache,
-    demo,
-):
+_COMMANDS = (
+    *(run, submit, plan, rollout, score, train, evaluate),
+    *(audit, inspect, compare, report, status, cache, demo),
+)
+for module in _COMMANDS:
     cli.add_command(module.command)
 
 

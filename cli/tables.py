@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 def as_text(table: Table) -> str:
     """A table as plain text, as wide as it needs."""
-    console = Console(width=200, no_color=True, highlight=False)
+    console = Console(width=200, no_color=True, highlight=False, markup=False, emoji=False)
     with console.capture() as capture:
         console.print(table)
     return capture.get().rstrip()

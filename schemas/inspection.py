@@ -61,3 +61,34 @@ class Row(Model):
     text: str = Field(description="the completion as it was stored, special tokens left out")
     tokens: tuple[Token, ...] = Field(description="of the completion")
     reward: float | None = Field(description="mean advantage of the supervised tokens, nats")
+
+
+class TokenValue(Model):
+    """A token of a completion, and what a measure says of it."""
+
+    position: int = Field(description="in the completion, from 0")
+    id: int = Field(description="the token id")
+    text: str = Field(description="of the id, as in a row")
+    value: float = Field(description="of the measure")
+
+
+class Listed(Model):
+    """A completion of a list. Means are over the supervised tokens; null is what is not stored."""
+
+    row: str = Field(description="what --row takes: its shard, and the row of it")
+    part: str = Field(description="its round, or the key")
+    rollout_id: str = Field(description="the prompt's id / which completion of it")
+    num_tokens: int = Field(description="of the completion")
+    advantage: float | None = Field(description="mean log q - log p, nats")
+    worst: TokenValue | None = Field(description="the token of the least advantage")
+    disagreement: float | None = Field(
+        description="mean total variation distance, the least that what is stored allows: 0 to 1"
+    )
+    farthest: TokenValue | None = Field(description="the token of the largest distance")
+
+
+class Listing(Model):
+    """What ``opdcache inspect --json`` prints where it is not asked for one completion."""
+
+    of: str = Field(description="the run file or key")
+    rows: tuple[Listed, ...] = Field(description="in the order that was asked for")

@@ -6,8 +6,9 @@ from pathlib import Path
 
 from .audit import Audit
 from .base import Model
+from .comparison import Comparison
 from .config import RunConfig
-from .inspection import Row
+from .inspection import Listing, Row
 from .manifests import RolloutManifest, ScoreManifest
 from .plan import Plan, Rates
 from .rounds import (
@@ -35,6 +36,8 @@ DOCUMENTS: dict[str, type[Model]] = {
     "status": RunStatus,
     "audit": Audit,
     "inspect": Row,
+    "inspect-list": Listing,
+    "comparison": Comparison,
 }
 
 

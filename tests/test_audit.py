@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
-from opdcache.audit.run import audit
+from opdcache.audit.checks import Alignment, Shift
+from opdcache.audit.run import _unlike_others, audit
 from opdcache.audit.targets import of_keys, of_run, target
 from opdcache.cli.main import cli
 from opdcache.errors import InputsMissing, UsageError
@@ -22,7 +23,7 @@ from opdcache.store.scores import Scores, StudentTopK, TopK
 
 from . import shards
 from .audited import Made, add_round, make_run
-from .dense import Distributions, distributions, entropy, rows_of, scores_of
+from .dense import Distributions, block_of, distributions, entropy, rows_of, scores_of
 from .test_measures import by_hand
 
 LENGTHS = (9, 30, 1, 17)
@@ -99,6 +100,8 @@ def test_the_policy_s_own_scores_give_its_entropy(run: Made) -> None:
     assert part.num_own == 1
     assert part.diagnostics.student_entropy == pytest.approx(entropy(one.p).mean(), abs=1e-3)
     assert part.diagnostics.entropy_gap == pytest.approx(gap.mean(), abs=1e-3)
+    (by_key,) = audit(of_keys(run.cache, [rollout.key])).parts
+    assert by_key.diagnostics == part.diagnostics
 
 
 def test_positions_are_told_apart_and_sum_up_to_the_whole(run: Made) -> None:
@@ -158,7 +161,17 @@ def test_tokens_that_are_not_supervised_are_in_no_number(run: Made) -> None:
     kept = np.concatenate(masks)
     assert part.diagnostics.num_tokens == 11
     assert part.diagnostics.teacher_entropy == pytest.approx(entropy(one.q)[kept].mean(), abs=1e-3)
+    assert part.by_k[0].teacher_mass == pytest.approx(
+        np.exp(one.q.max(axis=1))[kept].mean(), abs=1e-3
+    )
     assert part.completions.num_tokens == 16
+
+
+def test_a_copy_in_another_shard_of_the_round_is_a_copy(run: Made) -> None:
+    one = distributions(6, 4)
+    other = replace(one, p=one.p[:6], q=one.q[:6], ids=one.ids[:6], lengths=(6,))
+    add_round(run, 0, [one, other])
+    assert audit(of_run(run.path)).parts[0].completions.duplicates == 1
 
 
 def test_completions_are_counted_as_texts(run: Made) -> None:
@@ -275,6 +288,33 @@ def test_zeros_in_the_place_of_missing_scores_are_found_by_name(run: Made) -> No
     assert "missing scores" in names(audit(of_run(run.path)))
 
 
+def test_zeros_are_doubted_by_the_entropy_where_no_entries_are_stored(run: Made) -> None:
+    one = distributions(*LENGTHS)
+    spoilt = replace(scores_of(one.q, one, 16), topk=None)
+    assert spoilt.sampled_logprobs is not None
+    spoilt.sampled_logprobs[20:30] = 0
+    add_round(run, 0, [one], [spoilt])
+    assert "missing scores" in names(audit(of_run(run.path)))
+
+
+@pytest.mark.parametrize("column", ["topk", "student_topk"])
+def test_entries_and_a_tail_that_do_not_sum_to_1_are_found_by_name(run: Made, column: str) -> None:
+    one = distributions(*LENGTHS)
+    spoilt = scores_of(one.q, one, 16, 16)
+    getattr(spoilt, column).tail_logprobs[40:] = -0.5
+    add_round(run, 0, [one], [spoilt])
+    assert names(audit(of_run(run.path))) == {"mass"}
+
+
+def test_tokens_of_other_completions_tell_nothing_of_a_shift() -> None:
+    given, found = distributions(*([1] * 40)), Alignment()
+    block = block_of(given)
+    found.add(block, block.teacher, block.scores.sampled_logprobs)
+    assert found.share(Shift(0, 0)) == 1
+    assert found.share(Shift(1, 1)) == found.share(Shift(-1, -1)) == 0
+    assert found.best() == Shift(0, 0)
+
+
 def test_rows_of_zeros_in_every_column_are_found_by_name(run: Made) -> None:
     one = distributions(*LENGTHS, seed=2, apart=0.5)
     spoilt = scores_of(one.q, one, 16, 16)
@@ -309,6 +349,38 @@ def test_scores_of_other_lengths_are_found_by_name_and_the_rest_is_read(run: Mad
     assert names(found) == {"unreadable shard"}
     assert found.parts[0].num_unreadable == 1
     assert found.total.num_tokens == 4 * sum(LENGTHS)
+
+
+def test_scores_of_other_completions_with_as_many_tokens_are_found_by_name(run: Made) -> None:
+    one = distributions(*LENGTHS, seed=2, apart=0.5)
+    moved = replace(scores_of(one.q, one, 16, 16), token_offsets=np.array([0, 10, 39, 40, 57]))
+    five_shards(run, moved)
+    found = audit(of_run(run.path))
+    assert names(found) == {"unreadable shard"}
+    assert "their lengths differ" in found.findings[0].reason
+
+
+def test_shards_that_all_differ_are_not_unlike_each_other() -> None:
+    alike = {f"shard {i}": -1.0 - 0.1 * i for i in range(6)}
+    apart = {f"shard {i}": -1.0 - 1.5 * i for i in range(6)}
+    far = alike | {"shard 3": -5.0}
+    named = [
+        [f.where for f in _unlike_others({("task", "teacher"): by_shard}, LIMITS, "round 0")]
+        for by_shard in (alike, apart, far)
+    ]
+    assert named == [[], [], ["shard 3"]]
+
+
+def test_counts_of_a_manifest_are_taken_once_however_many_blocks_a_shard_has(
+    run: Made, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tables, "GROUP_TOKENS", 20)
+    monkeypatch.setattr("opdcache.store.files.BLOCK_BYTES", 256)
+    counts = {"truncated": 3, "repetitive": 1}
+    monkeypatch.setattr("opdcache.audit.run._counted", lambda cache, shard: counts)
+    five_shards(run)
+    texts = audit(of_run(run.path)).parts[0].completions
+    assert (texts.truncated, texts.repetitive) == (15, 5)
 
 
 def test_a_truncated_object_is_found_by_name_and_the_rest_is_read(run: Made) -> None:

@@ -20,6 +20,7 @@ from opdcache.schemas.launch import (
 from opdcache.schemas.losses import CELLS, LossConfig, TokensConfig
 
 ROOT = Path(__file__).parent.parent
+GUIDES = ("docs/running.md", "docs/inspect.md")
 
 
 def text(*names: str) -> str:
@@ -39,9 +40,16 @@ def test_every_cache_command_is_in_the_docs() -> None:
 
 
 def test_every_command_in_the_docs_exists() -> None:
-    said = set(re.findall(r"`opdcache ([a-z]+)", text("README.md", "docs/running.md")))
+    said = set(re.findall(r"`opdcache ([a-z]+)", text("README.md", *GUIDES)))
     assert said
     assert said <= set(cli.commands)
+
+
+def test_every_option_of_inspect_is_in_its_docs() -> None:
+    options = [option for p in cli.commands["inspect"].params for option in p.opts]
+    flags = [option for option in options if option.startswith("-") and option != "--help"]
+    said = text("docs/inspect.md")
+    assert [flag for flag in flags if not re.search(rf"`?{flag}\b", said)] == []
 
 
 def test_every_stored_column_is_in_the_format() -> None:

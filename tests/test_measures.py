@@ -138,6 +138,21 @@ def test_the_bounds_of_an_entropy_are_reached() -> None:
     low, high = entropy_bounds(entries(alike, 2), 5)
     assert high[0] == pytest.approx(-(alike * np.log(alike)).sum(), abs=1e-6)
     assert low[0] == pytest.approx(-(fewest * np.log(fewest)).sum(), abs=1e-6)
+    fewest = np.array([0.4, 0.4, 0.2, 0.0, 0.0]) + 1e-12
+    assert entropy_bounds(entries(np.array([0.4, 0.15, 0.15, 0.15, 0.15]), 1), 5)[0][
+        0
+    ] == pytest.approx(-(fewest * np.log(fewest)).sum(), abs=1e-6)
+
+
+def test_a_teacher_less_sure_than_the_student_can_be_is_at_least_so_far_away() -> None:
+    sure = np.log(np.array([[0.9, *([0.1 / 59] * 59)]]))
+    blind = np.full((1, 60), -np.log(60))
+    given = Distributions((1,), np.zeros(1, np.int32), sure, blind)
+    found = found_of(block_of(given))
+    assert found["entropy_gap_low"][0] == pytest.approx(
+        np.log(60) - found["student_entropy_high"][0], abs=1e-5
+    )
+    assert found["entropy_gap_low"][0] > 1
 
 
 def test_a_repeated_token_ends_sixteen_that_stood_in_the_same_completion_before() -> None:
@@ -154,6 +169,9 @@ def test_a_token_that_repeats_at_once_is_repeated_from_the_seventeenth_on() -> N
     same = np.full(20, 7, np.int32)
     assert np.flatnonzero(repeated(same, np.zeros(20, np.int64))).tolist() == [16, 17, 18, 19]
     assert not repeated(same[:3], np.zeros(3, np.int64)).any()
+    two = np.concatenate([same, same])
+    rows = np.repeat([0, 1], 20)
+    assert np.flatnonzero(repeated(two, rows)).tolist() == [*range(16, 20), *range(36, 40)]
 
 
 @given(st.lists(st.tuples(st.integers(0, 5), st.booleans()), max_size=30))

@@ -133,6 +133,23 @@ def test_how_a_served_teacher_is_asked_may_change_under_way(
     assert getattr(config.references["far"].backend, name) == value
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"max_failed_shards": 2},
+        {"launch": {"max_restarts": 5}},
+        {"audit": {"min_overlap": 0.1}},
+    ],
+)
+def test_what_changes_no_shard_may_change_under_way(
+    base: dict[str, object], change: dict[str, object]
+) -> None:
+    before = opened(base).config
+    assert opened(base | change).config == type(before).model_validate(
+        before.model_dump(by_alias=True) | change
+    )
+
+
 @pytest.mark.parametrize("part", ["teacher", "teachers.maths", "references.base"])
 @pytest.mark.parametrize(
     "change",

@@ -24,6 +24,7 @@ from opdcache.runfolder import RunContext, RunFolder, open_run
 from opdcache.schemas.config import RunConfig
 from opdcache.schemas.rounds import HeldOutRound, RolloutRound, TrainRound
 from opdcache.score.stage import run as score
+from opdcache.score.stage import run_student
 from opdcache.served import refuse_unserved
 from opdcache.stage import Silent, Worker
 from opdcache.store.cache import Cache, as_listed, rollout_commit
@@ -351,3 +352,22 @@ def test_a_reference_that_is_the_policy_that_sampled_is_refused_where_another_on
         ConfigError, match=r"references\.policy: @student is the policy that sampled"
     ):
         score(context, 0)
+
+
+def test_a_student_is_scored_on_its_own_completions_alone(
+    base: dict[str, Any], tmp_path: Path, tiny_student: Path, tiny_teacher: Path, one_thread: None
+) -> None:
+    imported(tmp_path, tiny_student)
+    same = opened(base)
+    rollout(same, 0)
+    run_student(same, 0)
+    (shard,) = same.folder.need(RolloutRound, 0).shards
+    (made,) = same.cache.score_sets(shard.content, same.resolved.student)
+    assert set(made.identity.columns) == {"entropy", "sampled", "topk"}
+    assert made.key in same.cache.pins(same.resolved.run_id)["scores"]
+
+    other = {"student": {"model": str(tiny_teacher)}, "output": str(tmp_path / "other")}
+    context = opened(base | other)
+    rollout(context, 0)
+    with pytest.raises(ConfigError, match="--student: what scores is the policy that sampled"):
+        run_student(context, 0)

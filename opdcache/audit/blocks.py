@@ -3,7 +3,7 @@
 Legend: N completions, T completion tokens, S recorded student entries a token, K kept ones.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from ..errors import InvalidShard
 from ..store import rollouts as tables
 from ..store.cache import Cache, ScoreSet, commit_path
-from ..store.scores import Scores
+from ..store.scores import Scores, TopK
 from .targets import Shard
 
 Floats = NDArray[np.float32]
@@ -89,12 +89,12 @@ class Block:
     @property
     def teacher(self) -> Entries | None:
         """The teacher's likeliest entries; None when they are not stored."""
-        return _entries(self.scores)
+        return entries(self.scores.topk)
 
     @property
     def own_entries(self) -> Entries | None:
         """The policy's likeliest entries, of its own scores; None when they are not stored."""
-        return None if self.own is None else _entries(self.own)
+        return None if self.own is None else entries(self.own.topk)
 
     @property
     def has_recorded(self) -> bool:
@@ -126,6 +126,18 @@ def blocks(cache: Cache, shard: Shard, row: int | None = None) -> Iterator[Block
         theirs, ours = _read(scores, table, first_row), _read(own, table, first_row)
         assert theirs is not None
         yield _block((shard.name, first_row), table, theirs, ours, manifest.vocab_size, step)
+
+
+def beside(read: Iterable[Block], scores: ScoreSet) -> Iterator[tuple[Block, Scores]]:
+    """Blocks, each with what another score set has of its completions.
+
+    Raises:
+        InvalidShard: the set is not of these completions.
+    """
+    for block in read:
+        others = _read(scores, block.table, block.first_row)
+        assert others is not None
+        yield block, others
 
 
 def _read(scores: ScoreSet, table: pa.Table, first_row: int) -> Scores | None:
@@ -167,7 +179,7 @@ def _block(
         token_ids=columns["completion_token_ids"],
         supervised=tables.supervised_tokens(table),
         behavior_logprobs=behavior,
-        student=_recorded(columns) or (None if own is None else _entries(own)),
+        student=_recorded(columns) or (None if own is None else entries(own.topk)),
         scores=scores,
         own=own,
         num_ids=num_ids,
@@ -196,8 +208,8 @@ def _recorded(columns: Mapping[str, NDArray[Any]]) -> Entries | None:
     return Entries(ids, columns["student_topk_logprobs"], np.full(len(ids), ids.shape[1]))
 
 
-def _entries(scores: Scores) -> Entries | None:
-    topk = scores.topk
+def entries(topk: TopK | None) -> Entries | None:
+    """Stored entries in the audit's form."""
     if topk is None:
         return None
     return Entries(topk.ids, topk.logprobs, topk.num_kept.astype(np.int64))

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from ..agreement import places
 from .blocks import Block, Entries
 
 Values = NDArray[np.float64]
@@ -68,15 +69,7 @@ class Shared:
     @classmethod
     def of(cls, student: Entries, teacher: Entries) -> "Shared":
         """Both models' entries of the same tokens."""
-        num_tokens, most = teacher.ids.shape
-        kept_TK = np.arange(most) < teacher.num_kept[:, None]
-        ids_TK = np.where(kept_TK, teacher.ids, -1)
-        rank_TS = np.full(student.ids.shape, most, np.int64)
-        for place in range(student.ids.shape[1]):
-            same_TK = ids_TK == student.ids[:, place, None]
-            first_T = same_TK.argmax(axis=1) if most else np.zeros(num_tokens, np.int64)
-            there_T = same_TK.any(axis=1) & (place < student.num_kept)
-            rank_TS[there_T, place] = first_T[there_T]
+        rank_TS = places(student.ids, student.num_kept, teacher.ids, teacher.num_kept)
         return cls(student, teacher, rank_TS)
 
     def compared(self, k: int) -> NDArray[np.int64]:

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import NotInstalled, UsageError
+from ..identity import vocabulary_fingerprint
 from ..schemas.inspection import Entry, Row, Token
 from ..store.cache import Cache
 from .blocks import Block, Entries, blocks
@@ -58,6 +59,12 @@ class Texts:
     def known(self) -> bool:
         """Whether there is a tokenizer."""
         return self._tokenizer is not None
+
+    def are_of(self, vocabulary: str) -> bool:
+        """Whether the ids mean what they mean by a ``identity.vocabulary_fingerprint``."""
+        if self._tokenizer is None:
+            return True
+        return vocabulary_fingerprint(self._tokenizer.get_vocab()) == vocabulary
 
     def token(self, id: int) -> str:
         """Of one id, a leading space included; bytes of part of a character as ``\\xNN``."""

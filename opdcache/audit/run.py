@@ -41,9 +41,9 @@ def audit(
     """
     started, limits = time.monotonic(), limits or AuditLimits()
     look = Look(k, chunk_tokens, target.special, limits.special_outlier_nats, judge)
-    total, findings, readers = Tally(look), list[Finding](), list[_Reader]()
+    total, findings, readers = Tally(look), list[Finding](), list[Reader]()
     for part in target.parts:
-        reader = _Reader(target.cache, look, limits, worst)
+        reader = Reader(target.cache, look, limits, worst)
         readers.append(reader)
         for shard in part.shards:
             reader.read(shard, part.name)
@@ -75,7 +75,7 @@ def _together(num_chunks: int, most: int | None) -> int:
     return together
 
 
-class _Reader:
+class Reader:
     """Reads the shards of one part.
 
     Attributes:
@@ -121,7 +121,7 @@ class _Reader:
         if self._worst is not None and worst is not None:
             self._worst.merge(worst)
 
-    def summary(self, part: Part, together: int) -> PartAudit:
+    def summary(self, part: Part, together: int = 1) -> PartAudit:
         """What is said of the part, so many position chunks made one."""
         return PartAudit(
             name=part.name,

@@ -1,7 +1,7 @@
 """What stays of a shard's or a round's completions, whatever their number."""
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,6 +20,7 @@ from ..schemas.audit import (
     SpecialToken,
 )
 from .blocks import Block
+from .clustered import ClusteredSums
 from .measures import COUNTS, MEANS, Shared, Values, measures, repeated
 from .sums import Sums
 
@@ -49,11 +50,17 @@ class Look:
 
 
 class Tally:
-    """Sums over completions; those of parts can be merged."""
+    """Sums over completions; those of parts can be merged.
+
+    Attributes:
+        sums: of tokens' values, by name.
+        clustered: the same names, for the errors of their means.
+    """
 
     def __init__(self, look: Look) -> None:
         self._look = look
         self.sums = Sums()
+        self.clustered = ClusteredSums()
         self._at_k = Sums()
         self._others = Sums()
         self._lengths: list[NDArray[np.int64]] = []
@@ -70,11 +77,13 @@ class Tally:
             faults: counts of truncated and repetitive completions, when they are known already.
         """
         kept, chunks = block.supervised, block.positions // self._look.chunk_tokens
+        rows = block.rows
         shared = Shared.between(block)
         found = measures(block, shared, self._look.k)
         found["num_tokens"] = np.ones(len(kept))
         for name, values in found.items():
             self.sums.add(name, values[kept], chunks[kept])
+            self.clustered.add(name, values[kept], rows[kept])
         self._add_at_k(block, shared, kept)
         self._add_special(block, kept)
         self._add_rows(block)
@@ -85,9 +94,15 @@ class Tally:
         for name, num in faults.items():
             self._faults[name] += num
 
+    @property
+    def prompts(self) -> Set[bytes]:
+        """Digests of the prompts' token ids."""
+        return self._copies.keys()
+
     def merge(self, other: "Tally") -> None:
         """Put in what another one has."""
         self.sums.merge(other.sums)
+        self.clustered.merge(other.clustered)
         self._at_k.merge(other._at_k)
         self._others.merge(other._others)
         self._lengths += other._lengths

@@ -10,9 +10,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from ..agreement import Matched
 from ..runfolder import RunContext
 from ..schemas.rounds import ScoredShard
-from ..store.scores import Scores, TopK, joined
+from ..store.scores import Scores, joined
 from ..store.upkeep import quarantining
 from .stage import ScoreTask, Teachers, plan_shards, read_sequences
 from .teacher import Ask, Sequences, in_order
@@ -101,11 +102,10 @@ def noise(pairs: Sequence[tuple[Scores, Scores]]) -> Noise:
     lengths = [len(first.token_offsets) - 1 for first, _ in pairs]
     log_ratio = _differences(pairs, "sampled_logprobs")
     entropy = np.abs(_differences(pairs, "entropy"))
-    both = [(one.topk, other.topk) for one, other in pairs if one.topk and other.topk]
-    found = [_topk(one, other) for one, other in both]
-    shared, same_first, same = (
-        np.concatenate([np.zeros(0), *(each[i] for each in found)]) for i in range(3)
-    )
+    both = [Matched.of(a.topk, b.topk) for a, b in pairs if a.topk and b.topk]
+    shared = _flat([np.abs(matched.differences_TS[matched.both_TS]) for matched in both])
+    same_first = _flat([matched.same_first_T for matched in both])
+    same = _flat([matched.both_TS[matched.one.kept] for matched in both])
     return Noise(
         num_samples=sum(lengths),
         num_tokens=sum(int(first.token_offsets[-1]) for first, _ in pairs),
@@ -124,23 +124,11 @@ def noise(pairs: Sequence[tuple[Scores, Scores]]) -> Noise:
 def _differences(pairs: Sequence[tuple[Scores, Scores]], name: str) -> NDArray[np.float64]:
     """Second less first, of the pairs that have the column."""
     held = [(getattr(one, name), getattr(other, name)) for one, other in pairs]
-    parts = [b.astype(np.float64) - a for a, b in held if a is not None and b is not None]
+    return _flat([b.astype(np.float64) - a for a, b in held if a is not None and b is not None])
+
+
+def _flat(parts: Sequence[NDArray[np.generic]]) -> NDArray[np.float64]:
     return np.concatenate([np.zeros(0), *parts])
-
-
-def _topk(one: TopK, other: TopK) -> tuple[NDArray[np.float64], ...]:
-    """Absolute differences of the log-probs of the entries that both kept; whether each token's
-    likeliest entries agree; and whether each entry of the one is kept by the other."""
-    size = 1 + max(int(one.ids.max(initial=0)), int(other.ids.max(initial=0)))
-    named = [(np.arange(len(t.ids))[:, None] * size + t.ids)[t.kept] for t in (one, other)]
-    first, second = named
-    _, ours, theirs = np.intersect1d(first, second, assume_unique=True, return_indices=True)
-    differences = (
-        one.logprobs[one.kept][ours].astype(np.float64) - other.logprobs[other.kept][theirs]
-    )
-    kept_again = np.isin(first, second)
-    same_first = one.ids[:, :1] == other.ids[:, :1]
-    return np.abs(differences), same_first[:, 0].astype(np.float64), kept_again.astype(np.float64)
 
 
 def _mean(values: NDArray[np.float64]) -> float:

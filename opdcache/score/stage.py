@@ -163,7 +163,7 @@ def run_student(context: RunContext, round_index: int) -> None:
         ConfigError: they are another policy's.
     """
     sampled = context.folder.need(RolloutRound, round_index)
-    _refuse_another_policy(context, sampled, "--student")
+    _refuse_another_policy(context, sampled, "--student: what scores")
     config = TeacherConfig(
         model=str(context.student(round_index)), dtype=context.config.rollout.dtype
     )
@@ -218,8 +218,8 @@ def _refuse_another_policy(context: RunContext, sampled: RolloutRound, asked_by:
     """Raise where the policy that sampled is to score, and it is not this run's student."""
     if (policy := context.policy(sampled.round)) != sampled.student:
         raise ConfigError(
-            f"{asked_by}: it is the policy that sampled, and these rollouts are of another one "
-            "than this run's student",
+            f"{asked_by} is the policy that sampled, and these rollouts are of another one than "
+            "this run's student",
             where=f"round {sampled.round}",
             expected=f"policy {policy[:12]}",
             got=sampled.student[:12],
