@@ -39,7 +39,7 @@ from .common import chosen_rounds, run_file
     "--row",
     "rows",
     multiple=True,
-    metavar="KEY:ROW",
+    metavar="SHARD:ROW",
     help="a completion to show besides, by its rollout shard; may be given again",
 )
 @click.option(

@@ -24,7 +24,7 @@ def report(
         rounds: to look at; every scored one by default.
         k: entries that the overlap is taken of.
         num_worst: completions, and tokens, shown of each kind of worst case.
-        rows: completions to show besides, ``KEY:ROW``.
+        rows: completions to show besides, ``SHARD:ROW``.
         png_folder: where the charts go too.
 
     Raises:

@@ -50,7 +50,7 @@ def gather(
     Args:
         k: entries that the overlap is taken of.
         num_worst: completions, and tokens, of each measure that are shown.
-        rows: completions to show besides, ``KEY:ROW``.
+        rows: completions to show besides, ``SHARD:ROW``.
         only: rounds; by default all that there are.
 
     Raises:

@@ -96,7 +96,7 @@ def _position(place: Place | None) -> int | None:
 
 
 def chosen(target: Target, names: Sequence[str]) -> Iterator[Wanted]:
-    """Completions by ``KEY:ROW``, a key being how the one of a rollout shard begins.
+    """Completions by ``SHARD:ROW``, a key being how the one of a rollout shard begins.
 
     Raises:
         UsageError: a name is none, or names no shard of what is looked at, or several.
@@ -105,7 +105,7 @@ def chosen(target: Target, names: Sequence[str]) -> Iterator[Wanted]:
         key, _, row = name.rpartition(":")
         if not key or not row.isdecimal():
             raise UsageError(
-                "names no completion", where=name, expected="KEY:ROW, such as 4f1a0c:12"
+                "names no completion", where=name, expected="SHARD:ROW, such as 4f1a0c:12"
             )
         found = {
             shard.scored.rollouts.key: (part.name, shard)
