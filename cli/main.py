@@ -15,6 +15,7 @@ from . import (
     evaluate,
     inspect,
     plan,
+    report,
     rollout,
     run,
     score,
@@ -36,7 +37,7 @@ def cli() -> None:
 
 _COMMANDS = (
     *(run, submit, plan, rollout, score, train, evaluate),
-    *(audit, inspect, compare, status, cache, demo),
+    *(audit, inspect, compare, report, status, cache, demo),
 )
 for module in _COMMANDS:
     cli.add_command(module.command)

@@ -369,13 +369,15 @@ def test_a_wheel_holds_every_module(wheel: zipfile.ZipFile) -> None:
     assert built == expected
 
 
-def test_a_wheel_holds_the_recipes_the_contract_and_the_type_marker(
+def test_a_wheel_holds_the_recipes_the_templates_the_contract_and_the_type_marker(
     wheel: zipfile.ZipFile,
 ) -> None:
     built = set(wheel.namelist())
 
     assert "opdcache/py.typed" in built
     assert {f"opdcache/jobs/recipes/{f.name}" for f in (ROOT / "jobs/recipes").iterdir()} <= built
+    templates = {f.name for f in (ROOT / "opdcache/audit/report/templates").iterdir()}
+    assert {f"opdcache/audit/report/templates/{name}" for name in templates} <= built
     rendered = {f"opdcache/schemas/{f.name}" for f in (ROOT / "schemas").glob("*.json")}
     assert rendered
     assert rendered <= built

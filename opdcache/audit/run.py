@@ -13,6 +13,7 @@ from .checks import Checks
 from .tally import Judge, Look, Tally
 from .targets import Part, Shard, Target
 from .verdict import verdict
+from .worst import Worst
 
 
 def audit(
@@ -22,6 +23,8 @@ def audit(
     chunk_tokens: int = 1024,
     limits: AuditLimits | None = None,
     judge: Judge | None = None,
+    max_chunks: int | None = None,
+    worst: Worst | None = None,
     advance: Callable[[int], None] = lambda num_tokens: None,
 ) -> Audit:
     """Read every shard of a target once, in bounded memory.
@@ -31,32 +34,45 @@ def audit(
     Args:
         k: entries that the overlap is taken of.
         chunk_tokens: tokens of a position chunk.
+        max_chunks: chunks are made twice as long until there are no more of them.
+        worst: is given the completions of every shard that can be read.
         judge: tells which completions are correct.
         advance: told the tokens of each shard that is done.
     """
     started, limits = time.monotonic(), limits or AuditLimits()
     look = Look(k, chunk_tokens, target.special, limits.special_outlier_nats, judge)
-    total, parts, findings = Tally(look), list[PartAudit](), list[Finding]()
+    total, findings, readers = Tally(look), list[Finding](), list[Reader]()
     for part in target.parts:
-        reader = Reader(target.cache, look, limits)
+        reader = Reader(target.cache, look, limits, worst)
+        readers.append(reader)
         for shard in part.shards:
             reader.read(shard, part.name)
             advance(shard.scored.rollouts.num_tokens)
-        parts.append(reader.summary(part))
         findings += reader.findings
         findings += _unlike_others(reader.advantages, limits, part.name)
         total.merge(reader.tally)
+    together = _together(total.sums.num_chunks, max_chunks)
+    read = zip(readers, target.parts, strict=True)
+    parts = [reader.summary(part, together) for reader, part in read]
     findings += verdict(parts, limits)
     return Audit(
         of=target.name,
         k=k,
-        chunk_tokens=chunk_tokens,
+        chunk_tokens=chunk_tokens * together,
         limits=limits,
         parts=tuple(parts),
         total=total.diagnostics(),
         findings=tuple(sorted(findings, key=lambda finding: finding.level != "no-go")),
         elapsed_s=round(time.monotonic() - started, 3),
     )
+
+
+def _together(num_chunks: int, most: int | None) -> int:
+    """How many chunks, a power of two, are made one so that there are no more than that."""
+    together = 1
+    while most is not None and num_chunks > together * most:
+        together *= 2
+    return together
 
 
 class Reader:
@@ -68,8 +84,10 @@ class Reader:
         advantages: each shard's mean advantage, by its task, teacher and name.
     """
 
-    def __init__(self, cache: Cache, look: Look, limits: AuditLimits) -> None:
-        self._cache, self._look, self._limits = cache, look, limits
+    def __init__(
+        self, cache: Cache, look: Look, limits: AuditLimits, worst: Worst | None = None
+    ) -> None:
+        self._cache, self._look, self._limits, self._worst = cache, look, limits, worst
         self.tally, self.findings = Tally(look), list[Finding]()
         self.advantages: dict[tuple[str, str], dict[str, float]] = {}
         self._num_unreadable = 0
@@ -78,12 +96,15 @@ class Reader:
         """Put in a shard, or say why not."""
         where = f"{part}, shard {shard.name}"
         tally, checks = Tally(self._look), Checks()
+        worst = None if self._worst is None else self._worst.like()
         self.findings += _other_teacher(shard, where)
         try:
             faults = _counted(self._cache, shard)
             for block in blocks(self._cache, shard):
                 checks.add(block)
                 tally.add(block, faults)
+                if worst is not None:
+                    worst.add(block, shard, part)
                 faults = {} if faults is not None else None
         except (IntegrityError, ObjectMissing) as error:
             self._num_unreadable += 1
@@ -97,9 +118,11 @@ class Reader:
             group = shard.scored.rollouts.task, shard.scored.teacher
             self.advantages.setdefault(group, {})[where] = advantage
         self.tally.merge(tally)
+        if self._worst is not None and worst is not None:
+            self._worst.merge(worst)
 
-    def summary(self, part: Part) -> PartAudit:
-        """What is said of the part."""
+    def summary(self, part: Part, together: int = 1) -> PartAudit:
+        """What is said of the part, so many position chunks made one."""
         return PartAudit(
             name=part.name,
             round=part.round,
@@ -109,7 +132,7 @@ class Reader:
             num_unreadable=self._num_unreadable,
             num_own=sum(bool(shard.own) for shard in part.shards),
             diagnostics=self.tally.diagnostics(),
-            by_position=self.tally.by_position(),
+            by_position=self.tally.by_position(together),
             by_k=self.tally.by_k(),
             completions=self.tally.completions(),
             repetition=self.tally.repetition(),

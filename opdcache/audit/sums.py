@@ -27,6 +27,14 @@ class Sums:
         for name, both in other._sums.items():
             self._add(name, both)
 
+    def coarser(self, together: int) -> "Sums":
+        """The same, so many chunks in a row made one."""
+        coarse = Sums()
+        for name, both in self._sums.items():
+            padded = np.pad(both, ((0, 0), (0, -both.shape[1] % together)))
+            coarse._add(name, padded.reshape(2, -1, together).sum(axis=2))
+        return coarse
+
     @property
     def num_chunks(self) -> int:
         """Chunks that anything is of."""

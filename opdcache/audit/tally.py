@@ -165,19 +165,15 @@ class Tally:
 
     def diagnostics(self, chunk: int | None = None) -> Diagnostics:
         """Over all tokens, or those of a chunk."""
-        return Diagnostics(**self._fields(chunk))
+        return Diagnostics(**_fields(self.sums, chunk))
 
-    def by_position(self) -> tuple[PositionDiagnostics, ...]:
-        """Chunk by chunk."""
+    def by_position(self, together: int = 1) -> tuple[PositionDiagnostics, ...]:
+        """Chunk by chunk, so many in a row made one."""
+        sums, length = self.sums.coarser(together), self._look.chunk_tokens * together
         return tuple(
-            PositionDiagnostics(first=chunk * self._look.chunk_tokens, **self._fields(chunk))
-            for chunk in range(self.sums.num_chunks)
+            PositionDiagnostics(first=chunk * length, **_fields(sums, chunk))
+            for chunk in range(sums.num_chunks)
         )
-
-    def _fields(self, chunk: int | None) -> dict[str, float | None]:
-        sums = self.sums
-        counts = {name: int(sums.total(name, chunk)) for name in ("num_tokens", *COUNTS)}
-        return {**counts, **{name: sums.mean(name, chunk) for name in MEANS}}
 
     def by_k(self) -> tuple[AtK, ...]:
         """By the number of entries."""
@@ -242,6 +238,11 @@ class Tally:
             for id, token in self._look.special.items()
             if (num := self._others.num(("teacher", id)))
         )
+
+
+def _fields(sums: Sums, chunk: int | None) -> dict[str, float | None]:
+    counts = {name: int(sums.total(name, chunk)) for name in ("num_tokens", *COUNTS)}
+    return {**counts, **{name: sums.mean(name, chunk) for name in MEANS}}
 
 
 def auroc(values: Values, is_positive: NDArray[np.bool_]) -> float | None:

@@ -1,0 +1,70 @@
+"""``opdcache report``."""
+
+from pathlib import Path
+
+import click
+
+from .common import chosen_rounds, run_file
+
+
+@click.command("report")
+@run_file
+@click.option(
+    "-o",
+    "output",
+    type=click.Path(path_type=Path, dir_okay=False),
+    default=Path("report.html"),
+    show_default=True,
+    help="the file to write",
+)
+@chosen_rounds
+@click.option(
+    "-k",
+    "k",
+    type=click.IntRange(min=1),
+    default=16,
+    show_default=True,
+    help="entries that the overlap is taken of",
+)
+@click.option(
+    "--rows",
+    "num_worst",
+    type=click.IntRange(min=0),
+    default=4,
+    show_default=True,
+    metavar="N",
+    help="completions, and tokens, shown of each kind of worst case",
+)
+@click.option(
+    "--row",
+    "rows",
+    multiple=True,
+    metavar="SHARD:ROW",
+    help="a completion to show besides, by its rollout shard; may be given again",
+)
+@click.option(
+    "--png",
+    "png_folder",
+    type=click.Path(path_type=Path, file_okay=False),
+    metavar="DIR",
+    help="write every chart there too",
+)
+def command(
+    run_file: Path,
+    output: Path,
+    rounds: tuple[int, ...],
+    k: int,
+    num_worst: int,
+    rows: tuple[str, ...],
+    png_folder: Path | None,
+) -> None:
+    """Write one HTML file that says everything that a run's scored rounds tell.
+
+    It needs no network and nothing beside it. Loads no model.
+    """
+    from ..audit.report import report
+
+    for written in report(
+        run_file, output, rounds=rounds, k=k, num_worst=num_worst, rows=rows, png_folder=png_folder
+    ):
+        click.echo(f"{written}: {written.stat().st_size:,} bytes")
