@@ -10,6 +10,11 @@ from .common import cache_option, changed_limits, chosen_rounds, looking_options
 @cache_option
 @chosen_rounds
 @click.option("--reference", metavar="NAME", help="a reference's scores in the teacher's place")
+@click.option(
+    "--verifier",
+    metavar="NAME",
+    help="labels for the reward: reasoning_gym, math or module:function; by default the run's",
+)
 @looking_options
 @click.option("--json", "as_json", is_flag=True, help="one JSON object: schemas/audit.json")
 @click.pass_context
@@ -19,6 +24,7 @@ def command(
     cache: str | None,
     rounds: tuple[int, ...],
     reference: str | None,
+    verifier: str | None,
     k: int,
     chunk_tokens: int,
     limits: tuple[str, ...],
@@ -28,6 +34,7 @@ def command(
 
     Looks at a run's scored rounds, or at the shards of keys in --cache. Loads no model.
     """
+    from ..audit.labels import judge_of
     from ..audit.run import audit
     from ..audit.targets import target
     from ..schemas.audit import AuditLimits
@@ -36,6 +43,7 @@ def command(
     looked_at = target(named, cache=cache, rounds=rounds, reference=reference)
     config = looked_at.config
     asked = changed_limits(AuditLimits() if config is None else config.audit, limits)
-    found = audit(looked_at, k=k, chunk_tokens=chunk_tokens, limits=asked)
+    judge = judge_of(looked_at, verifier)
+    found = audit(looked_at, k=k, chunk_tokens=chunk_tokens, limits=asked, judge=judge)
     click.echo(found.model_dump_json(indent=1) if as_json else audit_text(found))
     context.exit(0 if found.is_go else 3)

@@ -17,7 +17,7 @@ def command(run_file: Path, as_json: bool, no_divergence: bool) -> None:
     """Compare each round's student with the teacher on held-out prompts: exactly, and by what a
     verifier says of their answers."""
     context = open_context(run_file)
-    from ..evaluation import run
+    from ..evaluation.run import run
     from .evaluation_text import evaluation_lines
 
     evaluation = run(context, divergence=not no_divergence)

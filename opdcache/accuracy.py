@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .schemas.evaluation import Estimate, ModelAccuracy, Recovery
+from .schemas.rounds import PromptScores
 
 NUM_RESAMPLES = 10_000
 LEVEL = 0.95
@@ -43,6 +44,15 @@ class Answered:
     round: int | None
     scores_PN: Floats
     num_truncated_P: NDArray[np.int64]
+
+    @classmethod
+    def of(cls, round_index: int | None, prompts: Sequence[PromptScores]) -> "Answered":
+        """From what a run keeps of them."""
+        return cls(
+            round_index,
+            np.array([prompt.scores for prompt in prompts]),
+            np.array([prompt.num_truncated for prompt in prompts]),
+        )
 
 
 def accuracies(models: Sequence[Answered]) -> tuple[ModelAccuracy, ...]:

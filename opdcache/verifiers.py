@@ -101,8 +101,8 @@ def evaluation_verifier(config: RunConfig) -> Verifier | None:
     return load_verifier(evaluation.verifier, evaluation.source or config.prompts.source)
 
 
-def load_verifier(name: str, source: PromptSource) -> Verifier:
-    """The verifier of a name, for prompts of a source.
+def load_verifier(name: str, source: PromptSource | None) -> Verifier:
+    """The verifier of a name, for prompts of a source; None when that is not known.
 
     Raises:
         ConfigError: there is none, or it does not know prompts of such a source.
@@ -122,13 +122,13 @@ def load_verifier(name: str, source: PromptSource) -> Verifier:
     )
 
 
-def _reasoning_gym(source: PromptSource) -> Verifier:
+def _reasoning_gym(source: PromptSource | None) -> Verifier:
     """The dataset's own scorer. Many need more of an entry than its answer, so the entries are
     generated again, when the first is asked for, and found by the prompt's id."""
     if not isinstance(source, ReasoningGymSource):
         raise ConfigError(
             f"{PLACE}: 'reasoning_gym' scores answers to prompts of a reasoning_gym source",
-            got=source.type,
+            got="none" if source is None else source.type,
             remedy="take 'math' or a function of yours",
         )
     release = _release("reasoning-gym", "pip install reasoning-gym")

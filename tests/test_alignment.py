@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from opdcache.errors import InvalidShard
-from opdcache.evaluate import _compare
+from opdcache.evaluation.divergence import _compare
 from opdcache.schemas.columns import ScoreColumn
 from opdcache.schemas.losses import TokensConfig
 from opdcache.schemas.training import Layout

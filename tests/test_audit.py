@@ -203,6 +203,43 @@ def test_the_reward_is_held_against_labels_where_there_are_some(run: Made) -> No
     assert part.reward.auroc == np.mean(above)
 
 
+@pytest.fixture
+def sums(tmp_path: Path) -> Made:
+    """A round of three completions with answers, two of them right, and one without."""
+    made = make_run(
+        tmp_path,
+        evaluation={"verifier": "math", "source": {"type": "jsonl", "path": "held-out.jsonl"}},
+    )
+    texts = ("it is $4$", "$\\boxed{5}$", "$3$", "four")
+    table = rows_of(distributions(*LENGTHS), 16, texts=texts, answers=("4", "5", "4", None))
+    add_round(made, 0, [distributions(*LENGTHS)], tables=[table])
+    return made
+
+
+def test_labels_are_what_the_evaluation_s_verifier_says_of_rows_with_an_answer(sums: Made) -> None:
+    found = Audit.model_validate_json(cli_audit(sums.path, "--json").stdout)
+    reward = found.parts[0].reward
+    assert (reward.num_labelled, reward.num_correct) == (3, 2)
+    assert reward.auroc is not None
+
+
+def test_a_verifier_may_be_named_for_keys_too(sums: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    (shard,) = of_run(sums.path).parts[0].shards
+    folder = sums.path.parent
+    (folder / "strict_labels.py").write_text("def same(text, answer):\n    return text == answer\n")
+    monkeypatch.syspath_prepend(str(folder))
+    key = shard.scored.rollouts.key
+    done = cli_audit("--cache", folder / "cache", key, "--verifier", "strict_labels:same", "--json")
+    reward = Audit.model_validate_json(done.stdout).parts[0].reward
+    assert (reward.num_labelled, reward.num_correct, reward.auroc) == (3, 0, None)
+
+
+def test_a_verifier_that_cannot_know_the_prompts_is_refused_when_it_is_named(sums: Made) -> None:
+    done = cli_audit(sums.path, "--verifier", "reasoning_gym")
+    assert isinstance(done.exception, UsageError)
+    assert "--verifier reasoning_gym" in str(done.exception)
+
+
 def test_a_sound_run_is_a_go_and_exits_0(run: Made) -> None:
     five_shards(run)
     found = audit(of_run(run.path))

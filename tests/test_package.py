@@ -167,9 +167,7 @@ def test_the_contract_imports_nothing_outside_itself() -> None:
         (
             (
                 "opdcache.rounds",
-                "opdcache.evaluate",
                 "opdcache.evaluation",
-                "opdcache.verified",
             ),
             ("planner", "cli", "jobs"),
         ),
@@ -208,7 +206,8 @@ def test_a_layer_imports_only_downward(layer: tuple[str, ...], above: tuple[str,
         "opdcache.importing",
         "opdcache.quality",
         "opdcache.verifiers",
-        "opdcache.verified",
+        "opdcache.evaluation.run",
+        "opdcache.evaluation.verified",
         "opdcache.cli",
     ],
 )

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from opdcache import evaluate
 from opdcache.errors import ConfigError, Held, InputsMissing, PromptError, RunChanged
+from opdcache.evaluation import divergence as evaluate
 from opdcache.rollout.stage import RolloutPlan, plan_round
 from opdcache.runfolder import RunContext, RunFolder, open_run
 from opdcache.schemas.config import RunConfig

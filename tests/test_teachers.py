@@ -11,8 +11,8 @@ import torch
 from numpy.typing import NDArray
 
 import opdcache
-from opdcache import evaluate
 from opdcache.errors import ConfigError
+from opdcache.evaluation import divergence as evaluate
 from opdcache.identity import FileHashes, model_fingerprint
 from opdcache.importing import import_rollouts
 from opdcache.resolve import load_tokenizer

@@ -11,9 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from opdcache import documents, evaluation, verified
+from opdcache import documents
 from opdcache.cli.evaluation_text import evaluation_lines
 from opdcache.errors import ConfigError, InputsMissing, RunChanged, UsageError
+from opdcache.evaluation import run as evaluation
+from opdcache.evaluation import verified
 from opdcache.resolve import load_tokenizer
 from opdcache.rollout import teacher
 from opdcache.rollout.stage import plan_round

@@ -9,6 +9,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from .. import quality
+from ..accuracy import CORRECT
 from ..costs import score_bytes_per_token
 from ..schemas.audit import (
     AtK,
@@ -26,8 +27,6 @@ from .sums import Sums
 
 Judge = Callable[[pa.Table], NDArray[np.float64]]
 """Scores of rows' completions, [N]; NaN where there is none."""
-CORRECT = 1 - 1e-9
-"""A completion with this score or more is correct."""
 
 
 @dataclass(frozen=True, slots=True)

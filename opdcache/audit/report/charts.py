@@ -11,6 +11,7 @@ from typing import Any
 import altair as alt
 
 from ...schemas.audit import Audit, Diagnostics, PartAudit
+from ...schemas.evaluation import ModelAccuracy
 from ...schemas.rounds import EvaluationRound
 
 COLOURS = ("#2f7fc4", "#d0690a", "#2a9068", "#a758c0", "#8a7a20", "#c2405a")
@@ -98,10 +99,12 @@ OVERLAP = (
 )
 
 
-def figures(audit: Audit, evaluations: Sequence[EvaluationRound]) -> dict[str, list[Figure]]:
+def figures(
+    audit: Audit, evaluations: Sequence[EvaluationRound], accuracies: Sequence[ModelAccuracy]
+) -> dict[str, list[Figure]]:
     """Every figure that there are numbers for, by the section that it is in."""
     return {
-        "rounds": list(_over_rounds(audit, evaluations)),
+        "rounds": [*_over_rounds(audit, evaluations), *_accuracy(accuracies)],
         "positions": list(_by_position(audit)),
         "masses": list(_by_k(audit)),
     }
@@ -124,6 +127,19 @@ def _over_rounds(audit: Audit, evaluations: Sequence[EvaluationRound]) -> Iterat
     ]
     if held_out:
         yield _with_lines(_HELD_OUT, "round", held_out, "nats")
+
+
+def _accuracy(accuracies: Sequence[ModelAccuracy]) -> Iterator[Figure]:
+    """Mean scores of the students' answers; the teacher's is a line through all rounds."""
+    by_round = {one.round: one.mean_score for one in accuracies}
+    teacher = by_round.pop(None, None)
+    lines = [("student", index, score) for index, score in by_round.items()]
+    lines += [("teacher", index, teacher) for index in by_round if teacher is not None]
+    rows: Rows = [
+        {"round": index, "series": name, **score.model_dump()} for name, index, score in lines
+    ]
+    if rows:
+        yield _with_lines(_ACCURACY, "round", rows, "mean score")
 
 
 def _lines(audit: Audit) -> Iterator[tuple[Heading, tuple[_Series, ...], str]]:
@@ -176,6 +192,12 @@ _HELD_OUT = Heading(
     "Mean of KL(student || teacher) over the tokens that each round's student, before its "
     "training, samples on prompts that it is never trained on, nats. This is the result: it should "
     "fall.",
+)
+_ACCURACY = Heading(
+    "accuracy",
+    "Accuracy on held-out prompts",
+    "avg@n: mean score that the verifier gives each round's student, before its training, and the "
+    "teacher. A band is the 95 % interval of a bootstrap over prompts.",
 )
 _BOUNDED = ("value", "low", "high")
 

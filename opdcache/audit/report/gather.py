@@ -3,9 +3,13 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from ... import documents
+from ...accuracy import Answered, accuracies
 from ...runfolder import RunFolder
 from ...schemas.audit import Audit
-from ...schemas.rounds import EvaluationRound
+from ...schemas.evaluation import ModelAccuracy
+from ...schemas.rounds import AccuracyRound, EvaluationRound, TeacherAccuracy
+from ..labels import judge_of
 from ..rows import Texts
 from ..run import audit
 from ..targets import Target
@@ -25,12 +29,14 @@ class Contents:
 
     Attributes:
         evaluations: of the held-out prompts, by round.
+        accuracies: of the same, where a verifier has judged them, and of the teacher.
         worst: completions and tokens that are worst by each measure.
         views: these and others, token by token.
     """
 
     audit: Audit
     evaluations: tuple[EvaluationRound, ...]
+    accuracies: tuple[ModelAccuracy, ...]
     worst: Worst
     views: list[View]
     sets: Sets
@@ -67,6 +73,7 @@ def gather(
         chunk_tokens=_CHUNK_TOKENS,
         max_chunks=MOST_CHUNKS,
         limits=limits,
+        judge=judge_of(target, None),
         worst=worst,
     )
     rounds = list(only) or range(1 + (0 if config is None else config.rounds))
@@ -75,7 +82,23 @@ def gather(
     return Contents(
         audit=found,
         evaluations=tuple(filter(None, evaluations)),
+        accuracies=_accuracies(folder, rounds),
         worst=worst,
         views=views(target.cache, wanted, Texts(target.tokenizer), k),
         sets=sets_of(folder, target.cache, rounds),
     )
+
+
+def _accuracies(folder: RunFolder, rounds: Iterable[int]) -> tuple[ModelAccuracy, ...]:
+    """Of the rounds that a verifier has judged, and of the teacher, as 'opdcache evaluate' tells
+    them; none where these are of different prompts, or verifiers."""
+    found = [folder.find(AccuracyRound, index) for index in rounds]
+    judged: list[AccuracyRound | TeacherAccuracy] = [one for one in found if one is not None]
+    teacher = documents.read(TeacherAccuracy, folder.teacher_path / "accuracy.json")
+    if not judged:
+        return ()
+    judged += [] if teacher is None else [teacher]
+    alike = {(one.verifier, one.version, *(p.prompt_id for p in one.prompts)) for one in judged}
+    if len(alike) > 1:
+        return ()
+    return accuracies([Answered.of(getattr(one, "round", None), one.prompts) for one in judged])

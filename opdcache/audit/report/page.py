@@ -70,7 +70,7 @@ def page(contents: Contents) -> str:
         made_at=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
         sections=_SECTIONS.items(),
         said=_said(audit),
-        figured=figures(audit, contents.evaluations),
+        figured=figures(audit, contents.evaluations, contents.accuracies),
         completions=_completions(audit.parts),
         special=list(_special(audit.parts)),
         worst=list(_worst(contents.worst, contents.views)),
@@ -89,7 +89,7 @@ def page(contents: Contents) -> str:
 
 def pngs(contents: Contents) -> Iterator[tuple[str, bytes]]:
     """Each chart as a PNG, with its name."""
-    for section in figures(contents.audit, contents.evaluations).values():
+    for section in figures(contents.audit, contents.evaluations, contents.accuracies).values():
         for figure in section:
             yield figure.name, png(figure)
 

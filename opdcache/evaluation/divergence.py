@@ -13,18 +13,18 @@ import torch
 from numpy.typing import NDArray
 from pydantic import JsonValue
 
-from .errors import ConfigError, InputsMissing
-from .heads import Divergence, Side, divergence
-from .identity import digest
-from .resolve import model_arguments, model_folder
-from .runfolder import RunContext
-from .schemas.rounds import EvaluationRound, HeldOutRound
-from .schemas.teachers import TransformersBackend, VllmBackend
-from .score.rendering import Rendering
-from .score.teacher import Sequences, by_length
-from .score.transformers_scorer import TransformersScorer
-from .store import rollouts as shards
-from .store.upkeep import quarantining
+from ..errors import ConfigError, InputsMissing
+from ..heads import Divergence, Side, divergence
+from ..identity import digest
+from ..resolve import model_arguments, model_folder
+from ..runfolder import RunContext
+from ..schemas.rounds import EvaluationRound, HeldOutRound
+from ..schemas.teachers import TransformersBackend, VllmBackend
+from ..score.rendering import Rendering
+from ..score.teacher import Sequences, by_length
+from ..score.transformers_scorer import TransformersScorer
+from ..store import rollouts as shards
+from ..store.upkeep import quarantining
 
 OVERLAP_K = 16
 

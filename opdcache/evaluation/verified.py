@@ -10,23 +10,21 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
-import numpy as np
-
-from . import documents, quality
-from .accuracy import LEVEL, NUM_RESAMPLES, Answered, accuracies
-from .errors import InputsMissing, RunChanged
-from .rollout import teacher
-from .runfolder import RunContext
-from .schemas.evaluation import Accuracy
-from .schemas.rounds import (
+from .. import documents, quality
+from ..accuracy import LEVEL, NUM_RESAMPLES, Answered, accuracies
+from ..errors import InputsMissing, RunChanged
+from ..rollout import teacher
+from ..runfolder import RunContext
+from ..schemas.evaluation import Accuracy
+from ..schemas.rounds import (
     AccuracyRound,
     HeldOutRound,
     PromptScores,
     RolloutShard,
     TeacherAccuracy,
 )
-from .store.upkeep import quarantining
-from .verifiers import PLACE, Verifier, evaluation_verifier
+from ..store.upkeep import quarantining
+from ..verifiers import PLACE, Verifier, evaluation_verifier
 
 _COLUMNS = ("prompt_id", "sample_index", "task", "text", "answer", "finish_reason")
 
@@ -151,7 +149,9 @@ def summary(
         )
     tasks = sorted({prompt.task for prompts in every.values() for prompt in prompts})
     by_task = {
-        task: accuracies([_answered(i, [p for p in s if p.task == task]) for i, s in every.items()])
+        task: accuracies(
+            [Answered.of(i, [p for p in s if p.task == task]) for i, s in every.items()]
+        )
         for task in tasks
     }
     return Accuracy(
@@ -160,14 +160,6 @@ def summary(
         samples_per_prompt=num_samples,
         num_resamples=NUM_RESAMPLES,
         level=LEVEL,
-        overall=accuracies([_answered(i, prompts) for i, prompts in every.items()]),
+        overall=accuracies([Answered.of(i, prompts) for i, prompts in every.items()]),
         by_task=by_task if len(tasks) > 1 else {},
-    )
-
-
-def _answered(index: int | None, prompts: Sequence[PromptScores]) -> Answered:
-    return Answered(
-        index,
-        np.array([prompt.scores for prompt in prompts]),
-        np.array([prompt.num_truncated for prompt in prompts]),
     )

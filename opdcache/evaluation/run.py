@@ -1,8 +1,8 @@
 """Held-out evaluation as a whole: what ``opdcache evaluate`` tells."""
 
-from .errors import UsageError
-from .runfolder import RunContext
-from .schemas.evaluation import Evaluation
+from ..errors import UsageError
+from ..runfolder import RunContext
+from ..schemas.evaluation import Evaluation
 from .verified import run as accuracy
 
 
@@ -29,8 +29,8 @@ def run(context: RunContext, *, divergence: bool = True) -> Evaluation:
                 remedy="add evaluation.verifier to the run file, or leave out --no-divergence",
             )
         return Evaluation(divergence=None, accuracy=found)
-    from . import evaluate  # torch
+    from . import divergence as exact  # torch
 
-    evaluate.refuse(context)
+    exact.refuse(context)
     found = accuracy(context)
-    return Evaluation(divergence=tuple(evaluate.run(context)), accuracy=found)
+    return Evaluation(divergence=tuple(exact.run(context)), accuracy=found)
