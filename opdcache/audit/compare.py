@@ -239,8 +239,8 @@ def _side_by_side(
 
 def _audit(target: Target, part: Part, look: Look) -> tuple[PartAudit, Tally, list[str]]:
     reader = Reader(target.cache, look, AuditLimits())
-    for shard in part.shards:
-        reader.read(shard, part.name)
+    for _ in reader.read(part):
+        pass
     wrong = [found.reason for found in reader.findings if found.check == "unreadable shard"]
     return reader.summary(part), reader.tally, wrong
 

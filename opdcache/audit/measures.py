@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from ..agreement import places
 from .blocks import Block, Entries
 
+Floats = NDArray[np.float32]
 Values = NDArray[np.float64]
 MEANS = (
     "overlap",
@@ -84,6 +85,11 @@ class Shared:
         within: NDArray[np.bool_] = (places_S < compared_T1) & (self.rank_TS < compared_T1)
         return within
 
+    @property
+    def _last(self) -> int:
+        """The teacher's last place, which there is even of no entries."""
+        return max(0, self.teacher.ids.shape[1] - 1)
+
     def overlap(self, k: int) -> Values:
         """[T]: |I| / k; NaN where nothing can be compared."""
         return _ratio(self.within(k).sum(axis=1), self.compared(k))
@@ -92,23 +98,34 @@ class Shared:
         """What is said of the shared entries, [T] each."""
         within_TS, compared_T = self.within(k), self.compared(k)
         sizes_T = within_TS.sum(axis=1)
-        ours_TS = self.student.logprobs.astype(np.float64)
-        place_TS = np.minimum(self.rank_TS, max(0, self.teacher.ids.shape[1] - 1))
-        theirs_TS = np.take_along_axis(self.teacher.logprobs, place_TS, axis=1).astype(np.float64)
-        ours_TS, theirs_TS = (np.where(within_TS, v, -np.inf) for v in (ours_TS, theirs_TS))
-        ours_T, theirs_T = (np.logaddexp.reduce(v, axis=1) for v in (ours_TS, theirs_TS))
-        with np.errstate(invalid="ignore"):
-            log_p_TS, log_q_TS = ours_TS - ours_T[:, None], theirs_TS - theirs_T[:, None]
-            minus_kl_TS = np.exp(log_p_TS) * (log_q_TS - log_p_TS)
+        ours_TS, place_TS = self.student.logprobs, np.minimum(self.rank_TS, self._last)
+        theirs_TS = np.take_along_axis(self.teacher.logprobs, place_TS, axis=1)
+        p_TS, log_mass_p = _weights(ours_TS, within_TS)
+        _, log_mass_q = _weights(theirs_TS, within_TS)
+        gains_T = (p_TS * (theirs_TS - ours_TS)).sum(axis=1, dtype=np.float64)
+        with np.errstate(invalid="ignore"):  # where nothing is shared; above 0 is rounding
+            minus_kl_T = gains_T + log_mass_p - log_mass_q
         there = compared_T > 0
         return {
             "overlap": self.overlap(k),
-            "overlap_mass_student": np.where(there, np.exp(ours_T), np.nan),
-            "overlap_mass_teacher": np.where(there, np.exp(theirs_T), np.nan),
-            "overlap_advantage": _ratio(np.where(within_TS, minus_kl_TS, 0.0).sum(axis=1), sizes_T),
+            "overlap_mass_student": np.where(there, np.exp(log_mass_p), np.nan),
+            "overlap_mass_teacher": np.where(there, np.exp(log_mass_q), np.nan),
+            "overlap_advantage": _ratio(np.minimum(minus_kl_T, 0), sizes_T),
             "num_empty": (there & (sizes_T == 0)).astype(np.float64),
             "num_narrow": (compared_T < k).astype(np.float64),
         }
+
+
+def _weights(logprobs_TS: Floats, within_TS: NDArray[np.bool_]) -> tuple[Floats, Values]:
+    """Probabilities renormalised on the entries within, float32 [T, S], 0 outside; and the log of
+    what these held, [T], -inf of none."""
+    held_TS = np.where(within_TS, logprobs_TS, -np.inf)
+    most_T = held_TS.max(axis=1, initial=-np.inf, keepdims=True)
+    weights_TS = np.exp(held_TS - np.where(np.isfinite(most_T), most_T, 0))
+    total_T = weights_TS.sum(axis=1, dtype=np.float64)
+    weights_TS /= np.maximum(total_T, 1e-30, dtype=np.float32)[:, None]
+    with np.errstate(divide="ignore"):
+        return weights_TS, np.log(total_T) + most_T[:, 0]
 
 
 def _ratio(above: NDArray[np.generic], below: NDArray[np.int64]) -> Values:
@@ -142,12 +159,12 @@ def entropy_bounds(entries: Entries, num_ids: int) -> tuple[Values, Values]:
     What is outside has the mass that they leave, and no probability above their last. Least: as
     few ids as can hold that mass; largest: all of them alike.
     """
-    logprobs_TS = entries.logprobs.astype(np.float64)
+    logprobs_TS = entries.logprobs
     kept_TS = np.arange(logprobs_TS.shape[1]) < entries.num_kept[:, None]
-    p_TS = np.where(kept_TS, np.exp(logprobs_TS), 0.0)
-    head_T = -np.where(kept_TS, p_TS * logprobs_TS, 0.0).sum(axis=1)
-    rest_T = np.clip(1 - p_TS.sum(axis=1), 0, 1)
-    last_T = np.where(kept_TS, p_TS, np.inf).min(axis=1, initial=1.0)
+    p_TS = np.where(kept_TS, np.exp(logprobs_TS), 0)
+    head_T = -np.where(kept_TS, p_TS * logprobs_TS, 0).sum(axis=1, dtype=np.float64)
+    rest_T = np.clip(1 - p_TS.sum(axis=1, dtype=np.float64), 0, 1)
+    last_T = np.where(kept_TS, p_TS, 1).min(axis=1, initial=1.0).astype(np.float64)
     full_T = np.floor(rest_T / np.maximum(last_T, 1e-300))
     left_T = np.maximum(rest_T - full_T * last_T, 0.0)
     least_T = head_T + full_T * _surprise(last_T) + _surprise(left_T)

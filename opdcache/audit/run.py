@@ -1,11 +1,15 @@
 """The audit: every diagnostic that shards can give, and what speaks against them."""
 
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 
-from ..errors import IntegrityError, ObjectMissing
+from ..errors import IntegrityError, ObjectMissing, OpdcacheError
 from ..schemas.audit import Audit, AuditLimits, Finding, PartAudit
 from ..store.cache import Cache
 from .blocks import blocks
@@ -14,6 +18,8 @@ from .tally import Judge, Look, Tally
 from .targets import Part, Shard, Target
 from .verdict import verdict
 from .worst import Worst
+
+_THREADS = min(4, len(os.sched_getaffinity(0)))
 
 
 def audit(
@@ -45,9 +51,8 @@ def audit(
     for part in target.parts:
         reader = Reader(target.cache, look, limits, worst)
         readers.append(reader)
-        for shard in part.shards:
-            reader.read(shard, part.name)
-            advance(shard.scored.rollouts.num_tokens)
+        for num_tokens in reader.read(part):
+            advance(num_tokens)
         findings += reader.findings
         findings += _unlike_others(reader.advantages, limits, part.name)
         total.merge(reader.tally)
@@ -75,6 +80,18 @@ def _together(num_chunks: int, most: int | None) -> int:
     return together
 
 
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """What was found in one shard; ``error`` says why it could not be read."""
+
+    shard: Shard
+    where: str
+    tally: Tally
+    checks: Checks
+    worst: Worst | None
+    error: OpdcacheError | None = None
+
+
 class Reader:
     """Reads the shards of one part.
 
@@ -92,12 +109,24 @@ class Reader:
         self.advantages: dict[tuple[str, str], dict[str, float]] = {}
         self._num_unreadable = 0
 
-    def read(self, shard: Shard, part: str) -> None:
-        """Put in a shard, or say why not."""
+    def read(self, part: Part) -> Iterator[int]:
+        """Put in every shard, or say why not; gives the tokens of each that is done, in order.
+
+        Shards are read by several threads. What judges completions may be the user's code, or want
+        the main thread, and is asked there.
+        """
+        see = partial(self._see, part=part.name)
+        if self._look.judge is not None or _THREADS == 1 or len(part.shards) == 1:
+            yield from map(self._put, map(see, part.shards))
+            return
+        with ThreadPoolExecutor(_THREADS) as pool:
+            yield from map(self._put, pool.map(see, part.shards))
+
+    def _see(self, shard: Shard, part: str) -> _Seen:
         where = f"{part}, shard {shard.name}"
         tally, checks = Tally(self._look), Checks()
         worst = None if self._worst is None else self._worst.like()
-        self.findings += _other_teacher(shard, where)
+        seen = _Seen(shard, where, tally, checks, worst)
         try:
             faults = _counted(self._cache, shard)
             for block in blocks(self._cache, shard):
@@ -107,19 +136,28 @@ class Reader:
                     worst.add(block, shard, part)
                 faults = {} if faults is not None else None
         except (IntegrityError, ObjectMissing) as error:
+            return replace(seen, error=error)
+        return seen
+
+    def _put(self, seen: _Seen) -> int:
+        shard, where = seen.shard, seen.where
+        self.findings += _other_teacher(shard, where)
+        if seen.error is not None:
             self._num_unreadable += 1
+            reason = str(seen.error)
             self.findings.append(
-                Finding(check="unreadable shard", level="no-go", where=where, reason=str(error))
+                Finding(check="unreadable shard", level="no-go", where=where, reason=reason)
             )
-            return
-        self.findings += checks.findings(self._limits, where)
-        advantage = tally.sums.mean("advantage")
+            return shard.scored.rollouts.num_tokens
+        self.findings += seen.checks.findings(self._limits, where)
+        advantage = seen.tally.sums.mean("advantage")
         if advantage is not None:
             group = shard.scored.rollouts.task, shard.scored.teacher
             self.advantages.setdefault(group, {})[where] = advantage
-        self.tally.merge(tally)
-        if self._worst is not None and worst is not None:
-            self._worst.merge(worst)
+        self.tally.merge(seen.tally)
+        if self._worst is not None and seen.worst is not None:
+            self._worst.merge(seen.worst)
+        return shard.scored.rollouts.num_tokens
 
     def summary(self, part: Part, together: int = 1) -> PartAudit:
         """What is said of the part, so many position chunks made one."""
