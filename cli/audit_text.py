@@ -6,6 +6,7 @@ from rich import box
 from rich.table import Table
 
 from ..schemas.audit import Audit, Diagnostics, PartAudit
+from .screen import visible
 from .tables import as_text
 
 _HOW_TO_SCORE_THE_STUDENT = (
@@ -134,7 +135,7 @@ def _special(parts: Sequence[PartAudit]) -> str:
         for token in part.special:
             table.add_row(
                 part.name,
-                token.token or str(token.id),
+                visible(token.token or str(token.id)),
                 f"{token.num:,}",
                 _number(token.teacher_logprob),
                 _number(token.advantage),
@@ -145,10 +146,12 @@ def _special(parts: Sequence[PartAudit]) -> str:
 
 def _verdict(audit: Audit) -> Iterator[str]:
     for finding in audit.findings:
-        limit = (
-            "" if finding.limit is None else f" ({finding.value:.3g}, limit {finding.limit:.3g})"
-        )
-        yield f"{finding.level}: {finding.check} [{finding.where}]{limit}: {finding.reason}"
+        value, limit = finding.value, finding.limit
+        numbers = "" if limit is None else f" ({value:.3g}, limit {limit:.3g})"
+        reason = visible(finding.reason)
+        yield f"{finding.level}: {finding.check} [{finding.where}]{numbers}: {reason}"
+    for what in audit.not_judged:
+        yield f"not judged: {what}"
     tokens = audit.total.num_tokens
     yield (
         f"verdict: {'go' if audit.is_go else 'no-go'}; {tokens:,} tokens in "

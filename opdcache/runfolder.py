@@ -155,11 +155,9 @@ class RunFolder:
         return rollouts.model_copy(update={"shards": shards}), scores
 
     def scored_rounds(self) -> Iterator[int]:
-        """Rounds that are scored, from the first on."""
-        index = 0
-        while self.find(ScoreRound, index) is not None:
-            yield index
-            index += 1
+        """Rounds that are scored, in order."""
+        folders = (file.parent.name for file in self.path.glob(f"rounds/*/{_FILES[ScoreRound]}"))
+        yield from sorted(int(name) for name in folders if name.isdigit())
 
     def is_done(self, config: RunConfig, stage: Stage, round_index: int, cache: Cache) -> bool:
         """Whether a stage of a round has written its files, and what they pin is still there."""

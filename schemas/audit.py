@@ -30,12 +30,15 @@ class AuditLimits(Model):
         "least special_outlier_nats less likely than the student",
     )
     special_outlier_nats: float = Field(5.0, gt=0, description="see max_special_outliers")
+    min_special_places: int = Field(
+        10, ge=1, description="a special token in fewer places is a warning at most"
+    )
     max_faulty: float = Field(
         0.001,
         ge=0,
         le=1,
         description="no-go above: share of a shard's tokens whose stored mass is not 1, or whose "
-        "log-prob is a 0 that no distribution has",
+        "log-prob is a 0, or whose entropy is one, that no distribution with its entries has",
     )
     min_aligned: float = Field(
         0.95,
@@ -47,7 +50,7 @@ class AuditLimits(Model):
         1.0,
         gt=0,
         description="no-go above: how far a shard's mean advantage may be from the median of its "
-        "round's, where it is also eight times their usual deviation",
+        "round's, where it is also eight times their usual deviation and six times its own error",
     )
     min_captured_mass: float = Field(
         0.8, ge=0, le=1, description="warning below: teacher's mass in the stored entries"
@@ -79,6 +82,9 @@ class Diagnostics(Model):
     """
 
     num_tokens: int = Field(description="supervised tokens")
+    captured_mass: float | None = Field(
+        description="mean of the teacher's mass in all its stored entries"
+    )
     overlap: float | None = Field(description="mean of |I| / k")
     overlap_mass_student: float | None = Field(description="mean of the student's mass on I")
     overlap_mass_teacher: float | None = Field(description="mean of the teacher's mass on I")
@@ -99,7 +105,7 @@ class Diagnostics(Model):
     )
     teacher_entropy: float | None = Field(description="mean of H(q)")
     student_entropy: float | None = Field(
-        description="mean of H(p), where the policy itself was scored"
+        description="mean of H(p), where the policy itself was scored on every token"
     )
     entropy_gap: float | None = Field(description="mean of |H(q) - H(p)|, where it was")
     student_entropy_low: float | None = Field(
@@ -214,6 +220,9 @@ class Audit(Model):
     parts: tuple[PartAudit, ...] = Field(description="rounds or keys, in order")
     total: Diagnostics = Field(description="over all of them")
     findings: tuple[Finding, ...] = Field(description="no-go ones first")
+    not_judged: tuple[str, ...] = Field(
+        description="limits that nothing is said of, and what they would need"
+    )
     elapsed_s: float = Field(description="wall time of reading and computing")
 
     @property

@@ -17,6 +17,7 @@ from opdcache.audit.targets import of_keys, of_run, target
 from opdcache.cli.main import cli
 from opdcache.errors import InputsMissing, UsageError
 from opdcache.schemas.audit import Audit, AuditLimits
+from opdcache.schemas.comparison import Estimate
 from opdcache.store import rollouts as tables
 from opdcache.store.cache import data_prefix
 from opdcache.store.scores import Scores, StudentTopK, TopK
@@ -284,7 +285,8 @@ def test_a_shift_by_one_token_is_found_by_name(
     spoilt = shifted(scores_of(one.q, one, 16, 16), sampled=sampled, entries=entries)
     five_shards(run, spoilt)
     found = audit(of_run(run.path))
-    (finding,) = (f for f in found.findings if f.check == "alignment")
+    finding, *_ = (f for f in found.findings if f.check == "alignment")
+    assert finding.reason.startswith("the scores' sampled log-probs")
     assert said in finding.reason
     spoilt_shard = of_run(run.path).parts[0].shards[2].name
     assert spoilt_shard in finding.where
@@ -346,7 +348,7 @@ def test_entries_and_a_tail_that_do_not_sum_to_1_are_found_by_name(run: Made, co
 def test_tokens_of_other_completions_tell_nothing_of_a_shift() -> None:
     given, found = distributions(*([1] * 40)), Alignment()
     block = block_of(given)
-    found.add(block, block.teacher, block.scores.sampled_logprobs)
+    found.add(block, block.teacher, block.scores.sampled_logprobs, block.step)
     assert found.share(Shift(0, 0)) == 1
     assert found.share(Shift(1, 1)) == found.share(Shift(-1, -1)) == 0
     assert found.best() == Shift(0, 0)
@@ -398,14 +400,20 @@ def test_scores_of_other_completions_with_as_many_tokens_are_found_by_name(run: 
 
 
 def test_shards_that_all_differ_are_not_unlike_each_other() -> None:
-    alike = {f"shard {i}": -1.0 - 0.1 * i for i in range(6)}
-    apart = {f"shard {i}": -1.0 - 1.5 * i for i in range(6)}
-    far = alike | {"shard 3": -5.0}
+    def estimates(error: float, *means: float) -> dict[str, Estimate]:
+        return {
+            f"shard {i}": Estimate(mean=mean, standard_error=error) for i, mean in enumerate(means)
+        }
+
+    alike = estimates(0.1, -1.0, -1.1, -1.2, -1.3, -1.4, -1.5)
+    apart = estimates(0.1, -1.0, -2.5, -4.0, -5.5, -7.0, -8.5)
+    far = alike | {"shard 3": Estimate(mean=-5.0, standard_error=0.1)}
+    small = alike | {"shard 3": Estimate(mean=-5.0, standard_error=0.8)}
     named = [
         [f.where for f in _unlike_others({("task", "teacher"): by_shard}, LIMITS, "round 0")]
-        for by_shard in (alike, apart, far)
+        for by_shard in (alike, apart, far, small)
     ]
-    assert named == [[], [], ["shard 3"]]
+    assert named == [[], [], ["shard 3"], []]
 
 
 def test_counts_of_a_manifest_are_taken_once_however_many_blocks_a_shard_has(

@@ -4,14 +4,15 @@ Legend: N completions, T completion tokens, S recorded student entries a token, 
 """
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from ..errors import InvalidShard
+from ..errors import IntegrityError, InvalidShard, ObjectMissing
 from ..store import rollouts as tables
 from ..store.cache import Cache, ScoreSet, commit_path
 from ..store.scores import Scores, TopK
@@ -52,6 +53,8 @@ class Block:
         own: the policy's scores of its own completions.
         num_ids: ids that the student can produce.
         step: quantisation step of the teacher's log-probs, see ``store.codec``.
+        made_by: the score set that each column of ``scores`` is of.
+        own_fault: why there is no ``own`` where it should be.
     """
 
     shard: str
@@ -66,6 +69,8 @@ class Block:
     own: Scores | None
     num_ids: int
     step: float
+    made_by: Mapping[str, str] = field(default_factory=dict)
+    own_fault: str | None = None
 
     @property
     def rows(self) -> NDArray[np.int64]:
@@ -96,6 +101,15 @@ class Block:
         """The policy's likeliest entries, of its own scores; None when they are not stored."""
         return None if self.own is None else entries(self.own.topk)
 
+    def is_one_set(self, *columns: str) -> bool:
+        """Whether some of the teacher's columns are of one forward: two scorings differ."""
+        return len({self.made_by.get(column) for column in columns}) == 1
+
+    @property
+    def recorded(self) -> Entries | None:
+        """What was recorded with the rollouts; None when nothing was."""
+        return self.student if self.has_recorded else None
+
     @property
     def has_recorded(self) -> bool:
         """Whether ``student`` are the entries that were recorded with the rollouts."""
@@ -117,15 +131,49 @@ def blocks(cache: Cache, shard: Shard, row: int | None = None) -> Iterator[Block
     opened = cache.open_rollouts(manifest, whole=False)
     content = scored.rollouts.content
     scores = cache.open_score_set(content, scored.teacher, scored.served, whole=False)
-    own = cache.open_score_set(content, shard.student, shard.own, whole=False)
-    step = max(manifest.identity.step for _, _, manifest in scores.parts)
+    own = _Own(cache, shard)
+    of = _Of(
+        shard.name,
+        manifest.vocab_size,
+        max(manifest.identity.step for _, _, manifest in scores.parts),
+        {column: made.key for columns, _, made in scores.parts for column in columns},
+    )
     for number, first_row in enumerate(opened.starts[:-1].tolist()):
         if row is not None and not first_row <= row < opened.starts[number + 1]:
             continue
         table = opened.group(number)
-        theirs, ours = _read(scores, table, first_row), _read(own, table, first_row)
+        theirs, ours = _read(scores, table, first_row), own.read(table, first_row)
         assert theirs is not None
-        yield _block((shard.name, first_row), table, theirs, ours, manifest.vocab_size, step)
+        yield _block(of, first_row, table, theirs, ours, own.fault)
+
+
+class _Own:
+    """The policy's scores of its own completions, as far as they can be read: whoever looks at the
+    teacher's can do without.
+
+    Attributes:
+        fault: why they cannot be read any more.
+    """
+
+    def __init__(self, cache: Cache, shard: Shard) -> None:
+        self.fault: str | None = None
+        self._scores = ScoreSet(())
+        content = shard.scored.rollouts.content
+        with self._noted():
+            self._scores = cache.open_score_set(content, shard.student, shard.own, whole=False)
+
+    def read(self, table: pa.Table, first_row: int) -> Scores | None:
+        """Of a table's completions."""
+        with self._noted():
+            return _read(self._scores, table, first_row)
+        return None
+
+    @contextmanager
+    def _noted(self) -> Iterator[None]:
+        try:
+            yield
+        except (IntegrityError, ObjectMissing) as error:
+            self.fault, self._scores = str(error), ScoreSet(())
 
 
 def beside(read: Iterable[Block], scores: ScoreSet) -> Iterator[tuple[Block, Scores]]:
@@ -159,21 +207,31 @@ def _read(scores: ScoreSet, table: pa.Table, first_row: int) -> Scores | None:
     return scores.read(rows)
 
 
+@dataclass(frozen=True, slots=True)
+class _Of:
+    """What is alike for a shard's blocks."""
+
+    shard: str
+    num_ids: int
+    step: float
+    made_by: Mapping[str, str]
+
+
 def _block(
-    first: tuple[str, int],
+    of: _Of,
+    first_row: int,
     table: pa.Table,
     scores: Scores,
     own: Scores | None,
-    num_ids: int,
-    step: float,
+    own_fault: str | None,
 ) -> Block:
     columns = _columns(table)
     behavior = columns.get("behavior_logprobs")
     if behavior is None and own is not None:
         behavior = own.sampled_logprobs
     return Block(
-        shard=first[0],
-        first_row=first[1],
+        shard=of.shard,
+        first_row=first_row,
         table=table,
         offsets=tables.token_offsets(table),
         token_ids=columns["completion_token_ids"],
@@ -182,8 +240,10 @@ def _block(
         student=_recorded(columns) or (None if own is None else entries(own.topk)),
         scores=scores,
         own=own,
-        num_ids=num_ids,
-        step=step,
+        num_ids=of.num_ids,
+        step=of.step,
+        made_by=of.made_by,
+        own_fault=own_fault,
     )
 
 

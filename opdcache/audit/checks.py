@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from ..schemas.audit import AuditLimits, Finding
 from .blocks import Block, Entries
+from .measures import entropy_bounds
 
 Value = TypeVar("Value", bound=np.generic)
 _SHIFTS = (0, -1, 1)
@@ -55,6 +56,10 @@ class Checks:
         self._num_tokens = 0
         self._num_zero = self._num_unnormalised = 0
         self._of_scores, self._of_rollouts = Alignment(), Alignment()
+        self._of_student_topk = Alignment()
+        self._num_other_entropies = 0
+        self._are_zeros_sure = False
+        self._own_fault: str | None = None
         self._sampled_sum, self._num_sampled = 0.0, 0
         self._num_ids = 0
 
@@ -63,8 +68,17 @@ class Checks:
         self._num_tokens += len(block.token_ids)
         self._num_ids = block.num_ids
         sampled = block.scores.sampled_logprobs
-        self._of_scores.add(block, block.teacher, sampled)
-        self._of_rollouts.add(block, block.student, block.behavior_logprobs)
+        # Two scorings differ by more than rounding, so a shift is only told within one.
+        if block.is_one_set("sampled", "topk"):
+            self._of_scores.add(block, block.teacher, sampled, block.step)
+        if block.is_one_set("sampled", "student_topk"):
+            self._of_student_topk.add(block, _at_recorded(block), sampled, block.step)
+        if "behavior_logprobs" in block.table.column_names:
+            self._of_rollouts.add(block, block.recorded, block.behavior_logprobs, 0.0)
+        if block.is_one_set("entropy", "topk"):
+            self._num_other_entropies += int(impossible_entropies(block).sum())
+        self._are_zeros_sure |= block.scores.entropy is not None or block.teacher is not None
+        self._own_fault = self._own_fault or block.own_fault
         self._num_zero += int(impossible_zeros(block).sum())
         self._num_unnormalised += int(unnormalised(block).sum())
         if sampled is not None:
@@ -81,6 +95,12 @@ class Checks:
                 "otherwise: zeros stand for scores that were never made; score the shard again",
             ),
             (
+                "entropy",
+                self._num_other_entropies,
+                "tokens have an entropy that no distribution with their entries has: it is of "
+                "other tokens, or was filled in; score the shard again",
+            ),
+            (
                 "mass",
                 self._num_unnormalised,
                 "tokens' entries and tail do not sum to 1: the scores are not of a distribution "
@@ -89,9 +109,22 @@ class Checks:
         ):
             share = num / max(1, self._num_tokens)
             if share > limits.max_faulty:
-                yield _no_go(check, where, share, limits.max_faulty, f"{num:,} {reason}")
-        for what, alignment in (("scores", self._of_scores), ("rollouts", self._of_rollouts)):
+                found = _no_go(check, where, share, limits.max_faulty, f"{num:,} {reason}")
+                is_sure = check != "missing scores" or self._are_zeros_sure
+                yield found if is_sure else found.model_copy(update={"level": "warning"})
+        for what, alignment in (
+            ("scores'", self._of_scores),
+            ("scores of recorded ids:", self._of_student_topk),
+            ("rollouts'", self._of_rollouts),
+        ):
             yield from _misaligned(what, alignment, limits, where)
+        if self._own_fault is not None:
+            yield Finding(
+                check="unreadable own scores",
+                level="warning",
+                where=where,
+                reason=f"H(p) is bounded only: {self._own_fault}",
+            )
         yield from self._wrong_teacher(where)
 
     def _wrong_teacher(self, where: str) -> Iterator[Finding]:
@@ -127,7 +160,7 @@ def _misaligned(
         where,
         share,
         limits.min_aligned,
-        f"the {what}' sampled log-probs are those of their entries at {share:.1%} of the tokens; "
+        f"the {what} sampled log-probs are those of their entries at {share:.1%} of the tokens; "
         f"{said}; index t must hold the log-prob of token t",
     )
 
@@ -149,9 +182,13 @@ class Alignment:
         self._there = dict.fromkeys(self._agree, 0)
 
     def add(
-        self, block: Block, entries: Entries | None, sampled: NDArray[np.float32] | None
+        self,
+        block: Block,
+        entries: Entries | None,
+        sampled: NDArray[np.float32] | None,
+        step: float,
     ) -> None:
-        """Put in the next completions."""
+        """Put in the next completions; log-probs are off by ``step`` at most, see ``codec``."""
         if entries is None or sampled is None:
             return
         ids, rows, num = block.token_ids, block.rows, len(block.token_ids)
@@ -161,7 +198,7 @@ class Alignment:
             found_TK = kept_TK & (entries.ids == held[:, None]) & there[:, None]
             place = found_TK.argmax(axis=1)
             value = entries.logprobs[np.arange(num), place] if entries.ids.shape[1] else sampled
-            slack = (block.step + 0.01) * np.maximum(1, np.abs(value))
+            slack = (step + 0.01) * np.maximum(1, np.abs(value))
             for shift in self._agree:
                 if shift.entries != a:
                     continue
@@ -211,6 +248,26 @@ def impossible_zeros(block: Block) -> NDArray[np.bool_]:
         doubts.append(block.behavior_logprobs < -1)
     found: NDArray[np.bool_] = (sampled == 0) & np.logical_or.reduce(doubts)
     return found
+
+
+def impossible_entropies(block: Block) -> NDArray[np.bool_]:
+    """[T]: entropies that are not within what the teacher's entries allow."""
+    entropy, teacher = block.scores.entropy, block.teacher
+    if entropy is None or teacher is None:
+        return np.zeros(len(block.token_ids), np.bool_)
+    # The teacher may know more ids than the student, which are outside whatever their mass.
+    low, high = entropy_bounds(teacher, 4 * block.num_ids, are_likeliest=False)
+    slack = 0.1 + 4 * block.step + 0.02 * entropy
+    found: NDArray[np.bool_] = (entropy < low - slack) | (entropy > high + slack)
+    return found
+
+
+def _at_recorded(block: Block) -> Entries | None:
+    """The teacher's log-probs of the ids that the student recorded."""
+    recorded, theirs = block.recorded, block.scores.student_topk
+    if recorded is None or theirs is None:
+        return None
+    return Entries(recorded.ids, theirs.logprobs, recorded.num_kept)
 
 
 def unnormalised(block: Block) -> NDArray[np.bool_]:

@@ -15,6 +15,7 @@ from .blocks import Block, Entries
 Floats = NDArray[np.float32]
 Values = NDArray[np.float64]
 MEANS = (
+    "captured_mass",
     "overlap",
     "overlap_mass_student",
     "overlap_mass_teacher",
@@ -30,6 +31,8 @@ MEANS = (
     "entropy_gap_high",
 )
 """Values of a token whose mean is a field of ``Diagnostics``."""
+EXACT = ("student_entropy", "entropy_gap")
+"""Those of them that are told where they are known of every token."""
 COUNTS = ("num_empty", "num_narrow")
 """Those whose sum is one."""
 REPEATED_TOKENS = 16
@@ -41,6 +44,10 @@ def measures(block: Block, shared: "Shared | None", k: int) -> dict[str, Values]
     if (advantages := block.advantages) is not None:
         found["advantage"] = advantages
         found["reverse_kl_sampled"] = np.exp(advantages) - 1 - advantages
+    if (topk := block.scores.topk) is not None:
+        found["captured_mass"] = np.where(topk.kept, np.exp(topk.logprobs), 0).sum(
+            axis=1, dtype=np.float64
+        )
     if shared is not None:
         found |= shared.measures(k)
     return found | _entropies(block)
@@ -152,19 +159,25 @@ def _entropies(block: Block) -> dict[str, Values]:
     return found
 
 
-def entropy_bounds(entries: Entries, num_ids: int) -> tuple[Values, Values]:
+def entropy_bounds(
+    entries: Entries, num_ids: int, *, are_likeliest: bool = True
+) -> tuple[Values, Values]:
     """Least and largest entropy, nats, [T] each, of distributions over ``num_ids`` ids whose
     likeliest entries are these.
 
     What is outside has the mass that they leave, and no probability above their last. Least: as
     few ids as can hold that mass; largest: all of them alike.
+
+    Args:
+        are_likeliest: else one id outside may hold all that is left.
     """
     logprobs_TS = entries.logprobs
     kept_TS = np.arange(logprobs_TS.shape[1]) < entries.num_kept[:, None]
     p_TS = np.where(kept_TS, np.exp(logprobs_TS), 0)
     head_T = -np.where(kept_TS, p_TS * logprobs_TS, 0).sum(axis=1, dtype=np.float64)
     rest_T = np.clip(1 - p_TS.sum(axis=1, dtype=np.float64), 0, 1)
-    last_T = np.where(kept_TS, p_TS, 1).min(axis=1, initial=1.0).astype(np.float64)
+    last_T = np.where(kept_TS & are_likeliest, p_TS, 1).min(axis=1, initial=1.0)
+    last_T = last_T.astype(np.float64)
     full_T = np.floor(rest_T / np.maximum(last_T, 1e-300))
     left_T = np.maximum(rest_T - full_T * last_T, 0.0)
     least_T = head_T + full_T * _surprise(last_T) + _surprise(left_T)

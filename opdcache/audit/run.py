@@ -11,15 +11,18 @@ import numpy as np
 
 from ..errors import IntegrityError, ObjectMissing, OpdcacheError
 from ..schemas.audit import Audit, AuditLimits, Finding, PartAudit
+from ..schemas.comparison import Estimate
 from ..store.cache import Cache
 from .blocks import blocks
 from .checks import Checks
-from .tally import Judge, Look, Tally
+from .sums import Sums
+from .tally import Judge, Look, Tally, diagnostics_of
 from .targets import Part, Shard, Target
-from .verdict import verdict
+from .verdict import not_judged, verdict
 from .worst import Worst
 
-_THREADS = min(4, len(os.sched_getaffinity(0)))
+_CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+_THREADS = min(4, _CORES or 1)
 
 
 def audit(
@@ -47,7 +50,7 @@ def audit(
     """
     started, limits = time.monotonic(), limits or AuditLimits()
     look = Look(k, chunk_tokens, target.special, limits.special_outlier_nats, judge)
-    total, findings, readers = Tally(look), list[Finding](), list[Reader]()
+    total, findings, readers = Sums(), list[Finding](), list[Reader]()
     for part in target.parts:
         reader = Reader(target.cache, look, limits, worst)
         readers.append(reader)
@@ -55,18 +58,20 @@ def audit(
             advance(num_tokens)
         findings += reader.findings
         findings += _unlike_others(reader.advantages, limits, part.name)
-        total.merge(reader.tally)
-    together = _together(total.sums.num_chunks, max_chunks)
+        total.merge(reader.tally.sums)
+    together = _together(total.num_chunks, max_chunks)
     read = zip(readers, target.parts, strict=True)
     parts = [reader.summary(part, together) for reader, part in read]
     findings += verdict(parts, limits)
+    diagnostics = diagnostics_of(total)
     return Audit(
         of=target.name,
         k=k,
         chunk_tokens=chunk_tokens * together,
         limits=limits,
         parts=tuple(parts),
-        total=total.diagnostics(),
+        total=diagnostics,
+        not_judged=tuple(not_judged(diagnostics, parts)),
         findings=tuple(sorted(findings, key=lambda finding: finding.level != "no-go")),
         elapsed_s=round(time.monotonic() - started, 3),
     )
@@ -98,7 +103,7 @@ class Reader:
     Attributes:
         tally: of the shards that could be read.
         findings: what is wrong with shards.
-        advantages: each shard's mean advantage, by its task, teacher and name.
+        advantages: each shard's mean advantage and its error, by its task, teacher and name.
     """
 
     def __init__(
@@ -106,7 +111,7 @@ class Reader:
     ) -> None:
         self._cache, self._look, self._limits, self._worst = cache, look, limits, worst
         self.tally, self.findings = Tally(look), list[Finding]()
-        self.advantages: dict[tuple[str, str], dict[str, float]] = {}
+        self.advantages: dict[tuple[str, str], dict[str, Estimate]] = {}
         self._num_unreadable = 0
 
     def read(self, part: Part) -> Iterator[int]:
@@ -150,8 +155,8 @@ class Reader:
             )
             return shard.scored.rollouts.num_tokens
         self.findings += seen.checks.findings(self._limits, where)
-        advantage = seen.tally.sums.mean("advantage")
-        if advantage is not None:
+        advantage = seen.tally.clustered.estimate("advantage")
+        if advantage is not None and advantage.standard_error is not None:
             group = shard.scored.rollouts.task, shard.scored.teacher
             self.advantages.setdefault(group, {})[where] = advantage
         self.tally.merge(seen.tally)
@@ -202,18 +207,20 @@ def _other_teacher(shard: Shard, where: str) -> Iterator[Finding]:
 
 
 def _unlike_others(
-    advantages: Mapping[tuple[str, str], Mapping[str, float]],
+    advantages: Mapping[tuple[str, str], Mapping[str, Estimate]],
     limits: AuditLimits,
     part: str,
 ) -> Iterator[Finding]:
-    """Shards of one task and teacher that are far from the others, by the median deviation."""
+    """Shards of one task and teacher that are far from the others: by the median deviation, and by
+    the error that a mean over so few completions has."""
     for by_shard in advantages.values():
         if len(by_shard) < 4:
             continue
-        values = np.array(list(by_shard.values()))
+        values = np.array([found.mean for found in by_shard.values()])
         away = np.abs(values - np.median(values))
-        limit = max(limits.max_shard_deviation_nats, 8 * float(np.median(away)))
-        for where, value, far in zip(by_shard, values.tolist(), away.tolist(), strict=True):
+        usual = max(limits.max_shard_deviation_nats, 8 * float(np.median(away)))
+        for (where, found), far in zip(by_shard.items(), away.tolist(), strict=True):
+            limit = max(usual, 6 * (found.standard_error or 0.0))
             if far > limit:
                 yield Finding(
                     check="wrong teacher",
@@ -221,7 +228,7 @@ def _unlike_others(
                     where=where,
                     value=far,
                     limit=limit,
-                    reason=f"its mean advantage of {value:.2f} nats is {far:.2f} away from the "
-                    f"median of {part}: scored by another model, or under another prompt, than "
+                    reason=f"its mean advantage of {found.mean:.2f} nats is {far:.2f} away from "
+                    f"the median of {part}: scored by another model, or under another prompt, than "
                     "the other shards; score it again",
                 )

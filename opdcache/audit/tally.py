@@ -22,7 +22,7 @@ from ..schemas.audit import (
 )
 from .blocks import Block
 from .clustered import ClusteredSums
-from .measures import COUNTS, MEANS, Shared, Values, measures, repeated
+from .measures import COUNTS, EXACT, MEANS, Shared, Values, measures, repeated
 from .sums import Sums
 
 Judge = Callable[[pa.Table], NDArray[np.float64]]
@@ -164,7 +164,7 @@ class Tally:
 
     def diagnostics(self, chunk: int | None = None) -> Diagnostics:
         """Over all tokens, or those of a chunk."""
-        return Diagnostics(**_fields(self.sums, chunk))
+        return diagnostics_of(self.sums, chunk)
 
     def by_position(self, together: int = 1) -> tuple[PositionDiagnostics, ...]:
         """Chunk by chunk, so many in a row made one."""
@@ -239,9 +239,18 @@ class Tally:
         )
 
 
+def diagnostics_of(sums: Sums, chunk: int | None = None) -> Diagnostics:
+    """What sums over tokens tell, of all of them or of a chunk."""
+    return Diagnostics(**_fields(sums, chunk))
+
+
 def _fields(sums: Sums, chunk: int | None) -> dict[str, float | None]:
     counts = {name: int(sums.total(name, chunk)) for name in ("num_tokens", *COUNTS)}
-    return {**counts, **{name: sums.mean(name, chunk) for name in MEANS}}
+    means = {name: sums.mean(name, chunk) for name in MEANS}
+    for name in EXACT:  # of some tokens alone they would be set against other tokens' values
+        if sums.num(name, chunk) < counts["num_tokens"]:
+            means[name] = None
+    return {**counts, **means}
 
 
 def auroc(values: Values, is_positive: NDArray[np.bool_]) -> float | None:

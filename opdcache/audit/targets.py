@@ -4,6 +4,7 @@ import json
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from ..data import Scored
@@ -82,8 +83,13 @@ def target(
         UsageError: keys without a cache, or that name no shard or several.
         InputsMissing: the run has no scored round, or not one that was asked for.
     """
-    if len(named) == 1 and Path(named[0]).suffix in (".yaml", ".yml"):
-        return of_run(Path(named[0]), rounds, reference)
+    runs = [one for one in named if Path(one).suffix in (".yaml", ".yml")]
+    if runs and len(named) > 1:
+        raise UsageError("one run file, or keys alone", where=runs[0])
+    if runs:
+        if cache is not None:
+            raise UsageError("a run file names its cache", where=runs[0], remedy="omit --cache")
+        return of_run(Path(runs[0]), rounds, reference)
     if cache is None:
         raise UsageError(
             f"{named[0]!r} is no run file, and a key is looked up in a cache",
@@ -100,7 +106,7 @@ def of_run(path: Path, rounds: Sequence[int] = (), reference: str | None = None)
     assert config.output is not None
     folder, cache = RunFolder(Path(config.output), writes=False), Cache.there(config.cache)
     resolved = folder.resolved()
-    wanted = rounds or list(folder.scored_rounds())
+    wanted = sorted(set(rounds)) or list(folder.scored_rounds())
     if resolved is None or not wanted:
         raise InputsMissing(
             "the run has no scored round yet",
@@ -111,19 +117,20 @@ def of_run(path: Path, rounds: Sequence[int] = (), reference: str | None = None)
     for index in wanted:
         rollouts, scores = folder.scored(index)
         listed = scores.shards if reference is None else _reference(scores, reference, path)
+        own = cache.objects.each(partial(_own_set, cache, rollouts.student), rollouts.shards)
         shards = tuple(
             Shard(
                 Scored(rollout, scored.teacher, scored.served),
                 rollouts.student,
                 resolved.teacher_of(rollout.task) if reference is None else scored.teacher,
-                _own(cache, rollout, rollouts.student, scores),
+                ours,
             )
-            for rollout, scored in zip(rollouts.shards, listed, strict=True)
+            for rollout, scored, ours in zip(rollouts.shards, listed, own, strict=True)
         )
         parts.append(Part(f"round {index}", index, shards))
     home = _home(config)
     tokenizer = None if home is None else home / TOKENIZER
-    special = {} if tokenizer is None else _special_tokens(tokenizer)
+    special = _eos(cache, parts) if tokenizer is None else _special_tokens(tokenizer)
     name = str(path) if reference is None else f"{path}, reference {reference}"
     return Target(name, cache, tuple(parts), special, tokenizer, config)
 
@@ -152,10 +159,9 @@ def of_keys(cache: Cache, keys: Sequence[str]) -> Target:
             )
         rollouts, sets = _with_sets(cache, found[0])
         identity = rollouts.identity
-        if isinstance(identity, RolloutIdentity) and identity.eos_token_id is not None:
-            special[identity.eos_token_id] = None
+        special |= _eos_of(rollouts)
         listed = as_listed(rollouts, cached=True)
-        own = _own_set(cache, listed, identity.student)
+        own = _own_set(cache, identity.student, listed)
         parts += [
             Part(
                 key if len(sets) == 1 else f"{key} by {of.identity.teacher[:12]}",
@@ -201,23 +207,30 @@ def _served(of: ScoreManifest) -> ServedColumns:
     return ServedColumns(key=of.key, columns=of.identity.columns)
 
 
-def _own(
-    cache: Cache, rollout: RolloutShard, student: str, scores: ScoreRound
-) -> tuple[ServedColumns, ...]:
-    """The policy's scores of its own completions: a reference's, or any in the cache."""
-    for listed in scores.references.values():
-        for scored in listed:
-            if (scored.content, scored.teacher) == (rollout.content, student):
-                return scored.served
-    return _own_set(cache, rollout, student)
-
-
-def _own_set(cache: Cache, rollout: RolloutShard, student: str) -> tuple[ServedColumns, ...]:
+def _own_set(cache: Cache, student: str, rollout: RolloutShard) -> tuple[ServedColumns, ...]:
+    """The policy's scores of its own completions that give its entropy, whoever asked for them."""
     with suppress(OpdcacheError):  # a set that is wrong is not needed: H(p) has bounds without it
         for of in cache.score_sets(rollout.content, student):
             if of.identity.rendering == AS_SAMPLED and "entropy" in of.identity.columns:
                 return (_served(of),)
     return ()
+
+
+def _eos(cache: Cache, parts: Sequence[Part]) -> dict[int, str | None]:
+    """What ends completions, as the first rollout shard says."""
+    with suppress(OpdcacheError):
+        for part in parts:
+            for shard in part.shards[:1]:
+                manifest = cache.rollouts(shard.scored.rollouts.key)
+                return {} if manifest is None else _eos_of(manifest)
+    return {}
+
+
+def _eos_of(rollouts: RolloutManifest) -> dict[int, str | None]:
+    identity = rollouts.identity
+    if isinstance(identity, RolloutIdentity) and identity.eos_token_id is not None:
+        return {identity.eos_token_id: None}
+    return {}
 
 
 def _home(config: RunConfig) -> Path | None:
@@ -229,5 +242,10 @@ def _home(config: RunConfig) -> Path | None:
 
 
 def _special_tokens(file: Path) -> dict[int, str | None]:
-    added = json.loads(file.read_text(encoding="utf-8")).get("added_tokens", [])
-    return {token["id"]: token["content"] for token in added if token.get("special")}
+    try:
+        added = json.loads(file.read_text(encoding="utf-8"))["added_tokens"]
+        return {token["id"]: token["content"] for token in added if token.get("special")}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise UsageError(
+            "not a tokenizer's file", where=file, remedy="restore the student's folder"
+        ) from error

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
-from ..schemas.audit import AuditLimits, Finding, PartAudit
+from ..schemas.audit import AuditLimits, Diagnostics, Finding, PartAudit
 
 Level = Literal["no-go", "warning"]
 
@@ -11,10 +11,31 @@ Level = Literal["no-go", "warning"]
 def verdict(parts: Sequence[PartAudit], limits: AuditLimits) -> Iterator[Finding]:
     """Every limit that a round or key does not keep."""
     for part in parts:
+        if not part.diagnostics.num_tokens:
+            yield Finding(
+                check="no tokens",
+                level="no-go",
+                where=part.name,
+                reason="nothing could be read, so nothing speaks for it",
+            )
         yield from _agreement(part, limits)
         yield from _special(part, limits)
         yield from _completions(part, limits)
     yield from _rise(parts, limits)
+
+
+def not_judged(total: Diagnostics, parts: Sequence[PartAudit]) -> Iterator[str]:
+    """What the limits speak of, and what is stored does not tell."""
+    if total.captured_mass is None:
+        yield "captured mass (the teacher's top-k is not stored)"
+    if total.overlap is None:
+        yield "overlap, overlap mass, empty intersections (both models' top-k are needed)"
+    if total.entropy_gap is None and total.entropy_gap_low is None:
+        yield "entropy gap (both entropies are needed)"
+    if total.advantage is None:
+        yield "special tokens, shards unlike the others (both sampled log-probs are needed)"
+    elif not any(part.special for part in parts):
+        yield "special tokens (none was sampled, or they are not known)"
 
 
 def _agreement(part: PartAudit, limits: AuditLimits) -> Iterator[Finding]:
@@ -51,11 +72,10 @@ def _agreement(part: PartAudit, limits: AuditLimits) -> Iterator[Finding]:
             f"{found.num_empty:,} tokens have no shared entry: the overlap support has nothing to "
             "say there",
         )
-    captured = part.by_k[-1].teacher_mass if part.by_k else None
     yield from _at_least(
         part,
         "captured mass",
-        captured,
+        found.captured_mass,
         limits.min_captured_mass,
         "warning",
         "the stored entries hold too little of the teacher: raise score.k, or take a loss with the "
@@ -79,7 +99,7 @@ def _special(part: PartAudit, limits: AuditLimits) -> Iterator[Finding]:
             "special tokens",
             token.num_outliers / token.num,
             limits.max_special_outliers,
-            "no-go",
+            "no-go" if token.num >= limits.min_special_places else "warning",
             f"{token.num_outliers:,} of {token.num:,} places of token {token.token or token.id} "
             "are nearly impossible to the teacher: its chat template ends or structures "
             "completions otherwise; give it its own with teacher.prompt, or mask the token",
