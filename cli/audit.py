@@ -2,7 +2,7 @@
 
 import click
 
-from .common import cache_option, changed_limits, chosen_rounds, looking_options
+from .common import cache_option, changed_limits, chosen_rounds, looking_options, verifier_option
 
 
 @click.command("audit")
@@ -10,11 +10,7 @@ from .common import cache_option, changed_limits, chosen_rounds, looking_options
 @cache_option
 @chosen_rounds
 @click.option("--reference", metavar="NAME", help="a reference's scores in the teacher's place")
-@click.option(
-    "--verifier",
-    metavar="NAME",
-    help="labels for the reward: reasoning_gym, math or module:function; by default the run's",
-)
+@verifier_option
 @looking_options
 @click.option("--json", "as_json", is_flag=True, help="one JSON object: schemas/audit.json")
 @click.pass_context

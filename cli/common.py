@@ -90,6 +90,17 @@ def looking_options(function: Command) -> Command:
     return function
 
 
+def verifier_option(function: Command) -> Command:
+    """--verifier NAME."""
+    option = click.option(
+        "--verifier",
+        metavar="NAME",
+        help="what labels completions: reasoning_gym, math, module:function or none; by default "
+        "the verifier of the run's evaluation",
+    )
+    return option(function)
+
+
 def changed_limits(own: "Limits", given: Sequence[str]) -> "Limits":
     """Limits, some of them replaced by ``NAME=VALUE``."""
     from pydantic import ValidationError

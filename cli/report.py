@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from .common import chosen_rounds, run_file
+from .common import chosen_rounds, run_file, verifier_option
 
 
 @click.command("report")
@@ -49,6 +49,7 @@ from .common import chosen_rounds, run_file
     metavar="DIR",
     help="write every chart there too",
 )
+@verifier_option
 def command(
     run_file: Path,
     output: Path,
@@ -57,6 +58,7 @@ def command(
     num_worst: int,
     rows: tuple[str, ...],
     png_folder: Path | None,
+    verifier: str | None,
 ) -> None:
     """Write one HTML file that says everything that a run's scored rounds tell.
 
@@ -65,6 +67,13 @@ def command(
     from ..audit.report import report
 
     for written in report(
-        run_file, output, rounds=rounds, k=k, num_worst=num_worst, rows=rows, png_folder=png_folder
+        run_file,
+        output,
+        rounds=rounds,
+        k=k,
+        num_worst=num_worst,
+        rows=rows,
+        png_folder=png_folder,
+        verifier=verifier,
     ):
         click.echo(f"{written}: {written.stat().st_size:,} bytes")

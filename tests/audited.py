@@ -11,7 +11,7 @@ from opdcache import documents
 from opdcache.runfile import load_run
 from opdcache.runfolder import RunFolder
 from opdcache.schemas.manifests import RolloutManifest, ScoreManifest
-from opdcache.schemas.rounds import Resolved, ServedColumns
+from opdcache.schemas.rounds import Resolved, RolloutRound, ServedColumns
 from opdcache.store.cache import Cache, as_listed
 from opdcache.store.scores import Scores
 
@@ -93,3 +93,25 @@ def add_round(
     made.folder.write(rollouts)
     made.folder.write(scored_round.model_copy(update={"shards": listed}))
     return pairs
+
+
+def add_own(
+    made: Made, index: int, given: Sequence[Distributions], every: int = 1
+) -> list[ScoreManifest]:
+    """The policy's own scores of every so many of a round's shards."""
+    rollouts = made.folder.need(RolloutRound, index)
+    made_sets = []
+    for place, (shard, one) in enumerate(zip(rollouts.shards, given, strict=True)):
+        if place % every == 0:
+            own = scores_of(one.p, one, 16)
+            made_sets.append(
+                shards.commit_scores(
+                    made.cache,
+                    made.cache.need_rollouts(shard),
+                    *sorted(own.columns),
+                    scores=own,
+                    teacher=rollouts.student,
+                    k=16,
+                )
+            )
+    return made_sets

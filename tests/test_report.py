@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
+from opdcache import documents
 from opdcache.audit.report import report
 from opdcache.audit.report.gather import Contents, gather
 from opdcache.audit.report.page import page
@@ -21,10 +22,16 @@ from opdcache.audit.report.views import MOST_TOKENS, visible
 from opdcache.audit.targets import of_run
 from opdcache.cli.main import cli
 from opdcache.errors import NotInstalled, UsageError
-from opdcache.schemas.rounds import EvaluationRound, TrainRound
+from opdcache.schemas.rounds import (
+    AccuracyRound,
+    EvaluationRound,
+    PromptScores,
+    TeacherAccuracy,
+    TrainRound,
+)
 from opdcache.store.scores import Scores
 
-from .audited import Made, add_round, make_run
+from .audited import Made, add_own, add_round, make_run
 from .dense import distributions, rows_of, scores_of
 
 if TYPE_CHECKING:
@@ -297,7 +304,7 @@ def test_without_its_packages_a_report_says_how_to_get_them(
 
 
 def test_costs_and_provenance_are_those_of_the_manifests(made: Made) -> None:
-    sets = sets_of(made.folder, made.cache, range(3))
+    sets = sets_of(made.folder, of_run(made.path), range(3))
     found = of_run(made.path)
     shards = [shard for part in found.parts for shard in part.shards]
     manifests = [made.cache.need_rollouts(shard.scored.rollouts) for shard in shards]
@@ -310,6 +317,51 @@ def test_costs_and_provenance_are_those_of_the_manifests(made: Made) -> None:
     assert sum(num or 0 for num in read) == told
     assert [cost.wall_s for cost in sets.costs if cost.stage == "train"] == [1.5] * 3
     assert sets.num == len(sets.listed) == 2 * len(shards)
+
+
+def accuracy(index: int | None, verifier: str, *scores: float) -> AccuracyRound | TeacherAccuracy:
+    said: dict[str, Any] = {
+        "verifier": verifier,
+        "version": "1",
+        "contents": (),
+        "prompts": tuple(
+            PromptScores(prompt_id=str(i), task="t", scores=(score,), num_truncated=0)
+            for i, score in enumerate(scores)
+        ),
+    }
+    if index is None:
+        return TeacherAccuracy(teachers=("t",), **said)
+    return AccuracyRound(round=index, student="s", **said)
+
+
+def test_accuracies_are_those_that_the_run_file_asks_for(tmp_path: Path) -> None:
+    asked = {"verifier": "math", "source": {"type": "jsonl", "path": "held-out.jsonl"}}
+    told = dict[str, list[tuple[int | None, float]]]()
+    for name, evaluation in (
+        ("both", asked),
+        ("students", asked | {"teacher": False}),
+        ("another", asked | {"verifier": "module:function"}),
+    ):
+        made = make_run(tmp_path, name, evaluation=evaluation)
+        add_round(made, 0, [distributions(4, seed=len(told))])
+        for index, scores in ((0, (0.0, 1.0)), (1, (1.0, 1.0))):
+            made.folder.write(accuracy(index, "math", *scores))
+        teacher = made.folder.teacher_path / "accuracy.json"
+        documents.create(teacher, accuracy(None, "math", 1.0, 0.0))
+        found = contents_of(made).accuracies
+        told[name] = [(one.round, one.mean_score.value) for one in found]
+    students: list[tuple[int | None, float]] = [(0, 0.5), (1, 1.0)]
+    assert told == {"both": [*students, (None, 0.5)], "students": students, "another": []}
+
+
+def test_the_policy_s_own_scores_are_among_the_sets(tmp_path: Path) -> None:
+    made = make_run(tmp_path)
+    given = [distributions(4)]
+    add_round(made, 0, given)
+    (own,) = add_own(made, 0, given)
+    html = page(contents_of(made))
+    assert "the student&#39;s own scores" in html
+    assert own.key[:12] in html
 
 
 def test_very_many_sets_are_grouped_and_none_is_lost(tmp_path: Path) -> None:

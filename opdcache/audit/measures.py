@@ -95,7 +95,7 @@ class Shared:
     @property
     def _last(self) -> int:
         """The teacher's last place, which there is even of no entries."""
-        return max(0, self.teacher.ids.shape[1] - 1)
+        return max(0, int(self.teacher.ids.shape[1]) - 1)
 
     def overlap(self, k: int) -> Values:
         """[T]: |I| / k; NaN where nothing can be compared."""

@@ -17,6 +17,7 @@ def report(
     num_worst: int = 4,
     rows: Sequence[str] = (),
     png_folder: Path | None = None,
+    verifier: str | None = None,
 ) -> Iterator[Path]:
     """Write a run's report; gives each file that is written.
 
@@ -26,6 +27,7 @@ def report(
         num_worst: completions, and tokens, shown of each kind of worst case.
         rows: completions to show besides, ``SHARD:ROW``.
         png_folder: where the charts go too.
+        verifier: that labels completions; by default that of the run's evaluation.
 
     Raises:
         NotInstalled: a package of the extra ``report`` is not there.
@@ -44,7 +46,9 @@ def report(
     target = of_run(run_file, rounds)
     assert target.config is not None
     folder = RunFolder(Path(str(target.config.output)), writes=False)
-    contents = gather(target, folder, k=k, num_worst=num_worst, rows=rows, only=rounds)
+    contents = gather(
+        target, folder, k=k, num_worst=num_worst, rows=rows, only=rounds, verifier=verifier
+    )
     output.write_text(page(contents), encoding="utf-8")
     yield output
     if png_folder is not None:

@@ -7,6 +7,7 @@ from ... import documents
 from ...accuracy import Answered, accuracies
 from ...runfolder import RunFolder
 from ...schemas.audit import Audit
+from ...schemas.config import RunConfig
 from ...schemas.evaluation import ModelAccuracy
 from ...schemas.rounds import AccuracyRound, EvaluationRound, TeacherAccuracy
 from ..labels import judge_of
@@ -50,6 +51,7 @@ def gather(
     num_worst: int = NUM_WORST,
     rows: Sequence[str] = (),
     only: Iterable[int] = (),
+    verifier: str | None = None,
 ) -> Contents:
     """Look at a run's rounds.
 
@@ -58,6 +60,7 @@ def gather(
         num_worst: completions, and tokens, of each measure that are shown.
         rows: completions to show besides, ``SHARD:ROW``.
         only: rounds; by default all that there are.
+        verifier: that labels completions; by default that of the run's evaluation.
 
     Raises:
         UsageError: a row is none of these rounds.
@@ -73,7 +76,7 @@ def gather(
         chunk_tokens=_CHUNK_TOKENS,
         max_chunks=MOST_CHUNKS,
         limits=limits,
-        judge=judge_of(target, None),
+        judge=judge_of(target, verifier),
         worst=worst,
     )
     rounds = list(only) or range(1 + (0 if config is None else config.rounds))
@@ -82,23 +85,34 @@ def gather(
     return Contents(
         audit=found,
         evaluations=tuple(filter(None, evaluations)),
-        accuracies=_accuracies(folder, rounds),
+        accuracies=_accuracies(folder, rounds, config),
         worst=worst,
         views=views(target.cache, wanted, Texts(target.tokenizer), k),
-        sets=sets_of(folder, target.cache, rounds),
+        sets=sets_of(folder, target, rounds),
     )
 
 
-def _accuracies(folder: RunFolder, rounds: Iterable[int]) -> tuple[ModelAccuracy, ...]:
-    """Of the rounds that a verifier has judged, and of the teacher, as 'opdcache evaluate' tells
-    them; none where these are of different prompts, or verifiers."""
+def _accuracies(
+    folder: RunFolder, rounds: Iterable[int], config: RunConfig | None
+) -> tuple[ModelAccuracy, ...]:
+    """Of the rounds that the run file's verifier has judged, and of the teacher where that is asked
+    for: what 'opdcache evaluate' told last. Those that it would judge anew are left out."""
+    evaluation = None if config is None else config.evaluation
+    if evaluation is None:
+        return ()
     found = [folder.find(AccuracyRound, index) for index in rounds]
     judged: list[AccuracyRound | TeacherAccuracy] = [one for one in found if one is not None]
     teacher = documents.read(TeacherAccuracy, folder.teacher_path / "accuracy.json")
+    if evaluation.teacher and teacher is not None:
+        judged.append(teacher)
+    judged = [one for one in judged if one.verifier == evaluation.verifier]
     if not judged:
         return ()
-    judged += [] if teacher is None else [teacher]
-    alike = {(one.verifier, one.version, *(p.prompt_id for p in one.prompts)) for one in judged}
-    if len(alike) > 1:
-        return ()
+    newest = _asked(judged[0])
+    judged = [one for one in judged if _asked(one) == newest]
     return accuracies([Answered.of(getattr(one, "round", None), one.prompts) for one in judged])
+
+
+def _asked(one: AccuracyRound | TeacherAccuracy) -> tuple[str, ...]:
+    """What was judged, and by what."""
+    return one.version, *(prompt.prompt_id for prompt in one.prompts)

@@ -19,8 +19,11 @@ from ...schemas.rounds import (
     TrainRound,
 )
 from ...store.cache import Cache, rollout_commit, score_commit
+from ..targets import Part, Target
 
-Kind = Literal["rollouts", "held-out rollouts", "scores", "reference scores"]
+Kind = Literal[
+    "rollouts", "held-out rollouts", "scores", "reference scores", "the student's own scores"
+]
 MOST_LISTED = 200
 """More sets than that are grouped."""
 
@@ -77,7 +80,7 @@ class Cost:
     """A stage of a round.
 
     Attributes:
-        wall_s: of the worker that finished it.
+        wall_s: of the worker that finished it; None of references, which are scored with the rest.
         compute_s: of all workers, loading left out, whenever they made the sets; None of training.
         num_sets: shard sets it made or found.
         num_found: of these, the ones that another run had made.
@@ -86,7 +89,7 @@ class Cost:
 
     round: int
     stage: str
-    wall_s: float
+    wall_s: float | None
     compute_s: float | None
     num_tokens: int
     num_sets: int
@@ -135,12 +138,15 @@ class Sets:
             self.listed.append((manifest.key, group, one))
 
 
-def sets_of(folder: RunFolder, cache: Cache, rounds: Iterable[int]) -> Sets:
-    """What rounds, by their files, are made of and cost."""
-    found = Sets()
+def sets_of(folder: RunFolder, target: Target, rounds: Iterable[int]) -> Sets:
+    """What rounds, by their files, are made of and cost; and the policies' own scores that are
+    looked at."""
+    found, cache = Sets(), target.cache
     for index in rounds:
         for stage in (_rollouts, _held_out, _scores, _training):
             found.costs += stage(folder, cache, index, found)
+    for part in target.parts:
+        _own(folder, cache, part, found)
     with suppress(FileNotFoundError):
         sent = folder.sent_tokens_path.read_text().split()
         found.sent_tokens = sum(map(int, sent))
@@ -186,7 +192,7 @@ def _scores(folder: RunFolder, cache: Cache, index: int, found: Sets) -> Iterato
     yield _scored("score", "scores", rollouts, scores.shards, scores.elapsed_s, cache, found)
     for name, shards in scores.references.items():
         stage = f"score, {name}"
-        yield _scored(stage, "reference scores", rollouts, shards, 0.0, cache, found)
+        yield _scored(stage, "reference scores", rollouts, shards, None, cache, found)
 
 
 def _scored(
@@ -194,7 +200,7 @@ def _scored(
     kind: Kind,
     rollouts: RolloutRound,
     shards: Iterable[ScoredShard],
-    wall_s: float,
+    wall_s: float | None,
     cache: Cache,
     found: Sets,
 ) -> Cost:
@@ -220,6 +226,19 @@ def _scored(
         size_bytes=stored,
         teacher_tokens=read,
     )
+
+
+def _own(folder: RunFolder, cache: Cache, part: Part, found: Sets) -> None:
+    """The policy's scores of its own completions, where they are no reference's."""
+    if part.round is None:
+        return
+    references = folder.need(ScoreRound, part.round).references.values()
+    listed = {s.key for shards in references for shard in shards for s in shard.served}
+    for shard in part.shards:
+        for served in shard.own:
+            path = score_commit(shard.scored.rollouts.content, shard.student, served.key)
+            if served.key not in listed and (made := _manifest(cache, path, found)) is not None:
+                found.add(part.round, "the student's own scores", made)
 
 
 def _num_prompt_tokens(cache: Cache, shard: RolloutShard) -> int:
