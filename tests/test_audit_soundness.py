@@ -66,6 +66,19 @@ def test_shifted_scores_of_recorded_ids_are_found_by_name(
     assert names(audit(of_run(run.path))) == {"alignment"}
 
 
+def test_recorded_entries_of_other_tokens_are_found_by_name(run: Made) -> None:
+    one = distributions(*LENGTHS, apart=0.5)
+    table, other = (rows_of(each, 16) for each in (one, replace(one, p=np.roll(one.p, -1, axis=0))))
+    for name in ("student_topk_ids", "student_topk_logprobs"):
+        place = table.column_names.index(name)
+        table = table.set_column(place, table.schema.field(place), other.column(name))
+    scores = only(scores_of(one.q, one, 16), "sampled", "topk")
+    add_round(run, 0, [one], [scores], [table])
+    finding, *_ = (f for f in audit(of_run(run.path)).findings if f.check == "alignment")
+    assert finding.reason.startswith("the rollouts' sampled log-probs")
+    assert "the top-k entries are shifted by +1 token" in finding.reason
+
+
 @pytest.mark.parametrize("spoil", [lambda h: 0 * h, lambda h: np.roll(h, 3), lambda h: h + 3])
 def test_an_entropy_that_the_entries_do_not_allow_is_found_by_name(run: Made, spoil: Any) -> None:
     one = distributions(*LENGTHS, *LENGTHS, apart=2)
@@ -92,7 +105,7 @@ def test_two_scorings_of_one_teacher_are_not_held_against_each_other(run: Made) 
     """Sampled log-probs of one engine, entries and entropies of another."""
     one = distributions(*LENGTHS, apart=0.5)
     ((rollout, scored),) = add_round(run, 0, [one], [only(scores_of(one.q, one, 16), "topk")])
-    again = only(scores_of(noisy(one, 0.1).q, one, 16), "sampled", "entropy")
+    again = only(scores_of(noisy(one, 1.0).q, one, 16), "sampled", "entropy")
     other = shards.commit_scores(
         run.cache, rollout, "entropy", "sampled", scores=again, k=16, dtype="bfloat16"
     )

@@ -26,6 +26,8 @@ from opdcache.schemas.rounds import (
     AccuracyRound,
     EvaluationRound,
     PromptScores,
+    ScoreRound,
+    ServedColumns,
     TeacherAccuracy,
     TrainRound,
 )
@@ -362,6 +364,17 @@ def test_the_policy_s_own_scores_are_among_the_sets(tmp_path: Path) -> None:
     html = page(contents_of(made))
     assert "the student&#39;s own scores" in html
     assert own.key[:12] in html
+    file = made.folder.need(ScoreRound, 0)
+    shard = file.shards[0].model_copy(
+        update={
+            "teacher": own.identity.teacher,
+            "served": (ServedColumns(key=own.key, columns=own.identity.columns),),
+        }
+    )
+    named = file.model_copy(update={"references": {"self": (shard,)}})
+    made.folder.write(named, anew=True)
+    kinds = [group.kind for _, group, _ in contents_of(made).sets.listed]
+    assert sorted(kinds) == ["reference scores", "rollouts", "scores"]
 
 
 def test_very_many_sets_are_grouped_and_none_is_lost(tmp_path: Path) -> None:
