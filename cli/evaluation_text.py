@@ -54,6 +54,13 @@ def _accuracy_lines(accuracy: Accuracy) -> Iterator[str]:
             yield f"task {task}, {rows[0].num_prompts:,} prompts:"
         yield _accuracy_table(rows)
         yield from _gap_lines(rows)
+    failed = [f"{_name(row)}: {row.num_failed:,}" for row in accuracy.overall if row.num_failed]
+    if failed:
+        yield f"completions that could not be judged, counted as wrong: {', '.join(failed)}"
+
+
+def _name(row: ModelAccuracy) -> str:
+    return "teacher" if row.round is None else f"round {row.round}"
 
 
 def _accuracy_table(rows: Sequence[ModelAccuracy]) -> str:

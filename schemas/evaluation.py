@@ -38,6 +38,9 @@ class ModelAccuracy(Model):
     num_prompts: int = Field(description="prompts")
     num_completions: int = Field(description="completions")
     num_truncated: int = Field(description="completions cut off at their longest")
+    num_failed: int = Field(
+        0, description="completions that the verifier could not judge, which count as wrong"
+    )
     mean_score: Estimate = Field(
         description="avg@n: mean score of a prompt's n completions, partial credit included"
     )

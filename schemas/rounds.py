@@ -154,6 +154,9 @@ class PromptScores(Model):
         description="of its completions, by sample index: 0 is wrong, 1 right"
     )
     num_truncated: int = Field(description="completions cut off at their longest")
+    num_failed: int = Field(
+        0, description="completions that the verifier could not judge, which count as wrong"
+    )
 
 
 class _Verified(Model):

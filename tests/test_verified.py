@@ -16,11 +16,13 @@ from opdcache.cli.evaluation_text import evaluation_lines
 from opdcache.errors import ConfigError, InputsMissing, RunChanged, UsageError
 from opdcache.evaluation import run as evaluation
 from opdcache.evaluation import verified
+from opdcache.prompts import load_prompts
 from opdcache.resolve import load_tokenizer
 from opdcache.rollout import teacher
 from opdcache.rollout.stage import plan_round
 from opdcache.rollout.stage import run as rollout
 from opdcache.runfolder import RunContext
+from opdcache.schemas.config import ReasoningGymSource
 from opdcache.schemas.rounds import (
     AccuracyRound,
     HeldOutRound,
@@ -340,6 +342,22 @@ def test_the_table_says_that_a_gap_is_too_unsure_for_bounds(context: RunContext)
     _, row, _, (gap,) = told(context, before, after, teacher)
     assert row[4] == "100% (no bounds)"
     assert re.search(r"does not lead in \d\d\.\d% of the resamples$", gap)
+
+
+def test_the_table_says_how_many_completions_could_not_be_judged(base: dict[str, Any]) -> None:
+    source = {"type": "reasoning_gym", "dataset": "prime_factorization", "size": 2, "seed": 3}
+    context = opened(verifying(base, rounds=2, verifier="reasoning_gym", source=source))
+    first, second = load_prompts(ReasoningGymSource.model_validate(source)).prompts
+    unsure = {first.prompt_id: ["I am not sure."], second.prompt_id: [f"{second.answer}"]}
+    right = {prompt.prompt_id: [f"{prompt.answer}"] for prompt in (first, second)}
+    *_, (line,) = told(context, unsure, right, unsure)
+    assert line == (
+        "completions that could not be judged, counted as wrong: round 0: 1, teacher: 1"
+    )
+    kept = context.folder.find(AccuracyRound, 0)
+    assert kept is not None
+    said = {prompt.prompt_id: (prompt.scores, prompt.num_failed) for prompt in kept.prompts}
+    assert said == {first.prompt_id: ((0,), 1), second.prompt_id: ((1,), 0)}
 
 
 def test_a_teacher_s_scores_are_a_file_beside_its_completions(context: RunContext) -> None:
