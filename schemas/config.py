@@ -317,6 +317,10 @@ class RunConfig(Model):
         """The teacher that scores a task."""
         return self.teachers.get(task, self.teacher)
 
+    def place_of(self, task: str) -> str:
+        """Key of the run file that the teacher of a task stands under."""
+        return f"teachers.{task}" if task in self.teachers else "teacher"
+
     def columns_of(self, teacher: TeacherConfig) -> frozenset[ScoreColumn]:
         """Columns that this run stores of a scoring model."""
         absent: set[ScoreColumn] = set() if self.rollout.student_topk else {"student_topk"}

@@ -6,6 +6,7 @@ import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,16 +14,18 @@ import pytest
 
 from opdcache import documents
 from opdcache.cli.evaluation_text import evaluation_lines
-from opdcache.errors import ConfigError, InputsMissing, RunChanged, UsageError
+from opdcache.errors import ConfigError, InputsMissing, PromptError, RunChanged, UsageError
+from opdcache.evaluation import divergence, verified
 from opdcache.evaluation import run as evaluation
-from opdcache.evaluation import verified
 from opdcache.prompts import load_prompts
 from opdcache.resolve import load_tokenizer
-from opdcache.rollout import teacher
+from opdcache.rollout import engine, teacher
 from opdcache.rollout.stage import plan_round
 from opdcache.rollout.stage import run as rollout
-from opdcache.runfolder import RunContext
-from opdcache.schemas.config import ReasoningGymSource
+from opdcache.rollout.tasks import Policy, RolloutTask
+from opdcache.runfolder import RunContext, open_run
+from opdcache.schemas.config import ReasoningGymSource, RunConfig
+from opdcache.schemas.manifests import RolloutManifest, Sampling
 from opdcache.schemas.rounds import (
     AccuracyRound,
     HeldOutRound,
@@ -30,6 +33,7 @@ from opdcache.schemas.rounds import (
     TeacherAccuracy,
     TeacherHeldOut,
 )
+from opdcache.stage import Silent, Worker
 from opdcache.store import rollouts
 from opdcache.store.cache import Cache, as_listed
 
@@ -42,6 +46,33 @@ Completions = dict[str, Sequence[str]]
 
 FUNCTION = "tests.test_verified:ends"
 calls = list[str]()
+
+
+class Said(Silent):
+    """Progress that remembers its lines."""
+
+    def __init__(self) -> None:
+        self.lines = list[str]()
+
+    def say(self, text: str) -> None:
+        self.lines.append(text)
+
+
+class Sampled:
+    """Commits a shard for every task without an engine; remembers who would have sampled."""
+
+    def __init__(self) -> None:
+        self.policies = list[Policy]()
+
+    def __call__(
+        self, context: RunContext, policy: Policy, tasks: dict[str, RolloutTask], *_: str
+    ) -> tuple[dict[str, RolloutManifest], dict[str, str]]:
+        self.policies.append(policy)
+        found = {key: shards.commit_rollouts(context.cache, key) for key in tasks}
+        return {
+            key: manifest.model_copy(update={"key": key, "task": tasks[key].task})
+            for key, manifest in found.items()
+        }, {}
 
 
 def ends(text: str, answer: str) -> float:
@@ -293,8 +324,74 @@ def test_each_task_is_answered_by_its_own_teacher_in_its_own_engine(
     _, parts = planned(config)
     assert [[task.task for task in part.tasks] for part in parts] == [["a"], ["b"]]
     assert [part.policy.engine for part in parts] == [{"max_model_len": 128}, backend["engine"]]
-    assert [part.place for part in parts] == ["rollout.engine", "teacher.backend.engine"]
+    assert [part.place for part in parts] == ["rollout.engine", "teachers.b.backend.engine"]
     assert [part.policy.dtype for part in parts] == ["bfloat16", "float32"]
+
+
+def test_a_teacher_in_transformers_takes_of_the_student_s_engine_what_fits_the_machine(
+    base: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    harmless = {"max_model_len": 96, "enforce_eager": True}
+    engine = {**harmless, "quantization": "fp8", "hf_overrides": {"rope_theta": 1}}
+    config = ask(base, tmp_path, rollout=base["rollout"] | {"engine": engine})
+    said = Said()
+    context = open_run(RunConfig.model_validate(config), said, Worker())
+    monkeypatch.setattr(teacher, "generate", sampled := Sampled())
+    teacher.run(context)
+    assert [policy.engine for policy in sampled.policies] == [harmless]
+    assert said.lines == [
+        "teacher teacher held out: without rollout.engine's hf_overrides, quantization"
+    ]
+
+
+def test_teachers_of_the_same_weights_in_two_folders_are_two(
+    base: dict[str, Any], tmp_path: Path
+) -> None:
+    """The tokenizers beside them may differ, which no fingerprint of the weights says."""
+    shutil.copytree(tmp_path / "teacher", tmp_path / "again")
+    other = {"b": {"model": str(tmp_path / "again")}}
+    context, parts = planned(ask(base, tmp_path, teachers=other))
+    assert context.resolved.teachers["b"] == context.resolved.teacher
+    assert [part.policy.folder.name for part in parts] == ["teacher", "again"]
+
+
+def test_a_teacher_of_two_tasks_is_one_engine(base: dict[str, Any], tmp_path: Path) -> None:
+    same = {"b": {"model": str(tmp_path / "teacher")}}
+    _, (part,) = planned(ask(base, tmp_path, teachers=same))
+    assert [task.task for task in part.tasks] == ["a", "b"]
+
+
+@pytest.mark.parametrize("name", ["teacher", "maths"])
+def test_the_teachers_of_a_run_are_listed_as_their_shards_are(
+    base: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Tasks a and c are one teacher's, whose engine comes first: b's shards are the last then."""
+    shutil.copytree(tmp_path / "student", tmp_path / "maths")
+    rows = [{"prompt": f"say {t}", "answer": t, "task": t} for t in "abc"]
+    config = ask(base, tmp_path, teachers={"b": {"model": str(tmp_path / name)}})
+    write_prompts(tmp_path / "held-out.jsonl", *rows)
+    context = opened(config)
+    monkeypatch.setattr(teacher, "generate", sampled := Sampled())
+    made = teacher.run(context)
+    resolved = context.resolved
+    engines = [policy.fingerprint for policy in sampled.policies]
+    assert engines == list(dict.fromkeys([resolved.teacher, resolved.teachers["b"]]))
+    of = {"a": resolved.teacher, "b": resolved.teachers["b"], "c": resolved.teacher}
+    tasks = ["a", "b", "c"] if name == "teacher" else ["a", "c", "b"]
+    assert [shard.task for shard in made.shards] == tasks
+    assert list(made.teachers) == [of[shard.task] for shard in made.shards]
+
+
+def test_a_prompt_that_fills_an_engine_names_that_engine_s_key(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(engine, "Engine", lambda *_: SimpleNamespace(max_model_len=4))
+    place = "teachers.b.backend.engine"
+    sampler = engine.Sampler(
+        tmp_path, dtype="float32", processed=False, topk=0, arguments={}, place=place
+    )
+    with pytest.raises(PromptError, match=r"or raise teachers\.b\.backend\.engine\.max_model_len"):
+        sampler.sample([engine.Draw((1, 2, 3, 4), 0)], Sampling())
 
 
 def test_a_teacher_that_vllm_would_load_otherwise_is_not_asked(
@@ -302,8 +399,22 @@ def test_a_teacher_that_vllm_would_load_otherwise_is_not_asked(
 ) -> None:
     backend = {"type": "transformers", "arguments": {"device_map": "auto", "rope_scaling": {}}}
     own = {"model": str(tmp_path / "teacher"), "backend": backend}
-    with pytest.raises(ConfigError, match=r"'rope_scaling' may change.*teacher to false"):
+    words = r"backend\.arguments: 'rope_scaling' may change.*teacher to false"
+    with pytest.raises(ConfigError, match=rf"^teacher\.{words}"):
         planned(ask(base, tmp_path, teacher=own))
+    with pytest.raises(ConfigError, match=rf"^teachers\.b\.{words}"):
+        planned(ask(base, tmp_path, teachers={"b": own}, output=str(tmp_path / "other")))
+
+
+def test_the_divergence_names_the_teacher_that_it_cannot_load(
+    base: dict[str, Any], tmp_path: Path
+) -> None:
+    backend = {"type": "vllm", "engine": {"quantization": "fp8"}}
+    own = {"model": str(tmp_path / "teacher"), "backend": backend}
+    config = ask(base, tmp_path, teachers={"b": own})
+    config["score"] = {"columns": ["sampled", "topk"]}
+    with pytest.raises(ConfigError, match=r"^teachers\.b\.backend\.engine: 'quantization' may"):
+        divergence.refuse(opened(config))
 
 
 def told(context: RunContext, *texts: Completions) -> list[list[str]]:

@@ -69,11 +69,12 @@ def refuse(context: RunContext) -> None:
         raise ConfigError(
             "the run has no evaluation", where=context.folder.path, remedy="add 'evaluation' to it"
         )
-    for teacher in (config.teacher, *config.teachers.values()):
+    own = {config.place_of(task): teacher for task, teacher in config.teachers.items()}
+    for place, teacher in {"teacher": config.teacher, **own}.items():
         changed = model_arguments(teacher) if isinstance(teacher.backend, VllmBackend) else {}
         if changed:
             raise ConfigError(
-                f"teacher.backend.engine: {min(changed)!r} may change the teacher, and evaluation "
+                f"{place}.backend.engine: {min(changed)!r} may change the teacher, and evaluation "
                 "compares with it as transformers loads it",
                 remedy="evaluate with a run file that has no such argument, or --no-divergence",
             )
