@@ -23,6 +23,7 @@ from opdcache.rollout import engine, teacher
 from opdcache.rollout.stage import plan_round
 from opdcache.rollout.stage import run as rollout
 from opdcache.rollout.tasks import Policy, RolloutTask
+from opdcache.rounds import status
 from opdcache.runfolder import RunContext, open_run
 from opdcache.schemas.config import ReasoningGymSource, RunConfig
 from opdcache.schemas.manifests import RolloutManifest, Sampling
@@ -223,6 +224,24 @@ def test_a_teacher_that_is_not_asked_is_not_there(base: dict[str, Any]) -> None:
     assert found is not None
     assert [row.round for row in found.overall] == [0]
     assert not context.folder.teacher_path.exists()
+
+
+def test_students_are_verified_beside_a_served_teacher_and_the_divergence_is_refused(
+    base: dict[str, Any], tmp_path: Path
+) -> None:
+    tokenizer = str(tmp_path / "teacher")
+    backend = {"type": "http", "url": "http://one", "tokenizer": tokenizer, "budget_tokens": 9}
+    served = {"model": "big", "revision": "1", "backend": backend}
+    config = verifying(base, teacher=False) | {"teacher": served}
+    context = opened(config)
+    assert len(plan_round(context, 0).parts[HeldOutRound].tasks) == 1
+    assert status(context.config).stages[-1].stage == "rollout"
+    answer(context, 0, commit(context.cache, "before", {"p1": ["1."]}))
+    found = evaluation.run(context, divergence=False)
+    assert found.accuracy is not None
+    assert [row.mean_score.value for row in found.accuracy.overall] == [1]
+    with pytest.raises(ConfigError, match=r"^teacher: .*an http teacher.*take --no-divergence"):
+        evaluation.run(context)
 
 
 def test_rounds_that_answered_different_prompts_are_not_compared(context: RunContext) -> None:
