@@ -26,7 +26,18 @@ from .user_code import find_function, finite
 
 PLACE = "evaluation.verifier"
 REASONING_GYM, MATH = "reasoning_gym", "math"
-_SAID = re.compile(r"answer\b[^.\n]*?(?:\bis\b|:)[\s:*$]*", re.IGNORECASE)
+_READING = 2
+"""Revision of what is read here as an answer; it is part of the versions, so that scores by another
+are not taken again."""
+
+_ASKED = r"(?:\s+(?:to|for|of)\b(?:[^.:\n]|[.:]\d)*?)?"
+_SAID = re.compile(
+    rf"\b(?:(?:the|my)(?:\s+(?:final|correct|right))?|final)\s+answer{_ASKED}\s+is\b[\s:*$]*"
+    rf"|(?:^[^\w\n]*(?:(?:the|my)\s+)?|\bfinal\s+)answer{_ASKED}(?:\s+is\b|\**\s*:)[\s:*$]*",
+    re.IGNORECASE | re.MULTILINE,
+)
+_BEYOND = re.compile(r"\n|\.\s|,?\s+because\b", re.IGNORECASE)
+_BOXED = "\\boxed{"
 _MARKED = ("$", "\\boxed", "\\(", "\\[")
 
 Completion = tuple[str, str | None, str]
@@ -59,7 +70,8 @@ class Verifier:
 
     Attributes:
         name: as the run file has it.
-        version: of the package that verifies, or the SHA-256 of the file of the user's function.
+        version: of the package that verifies and, behind a plus, of how answers are read here; or
+            the SHA-256 of the file of the user's function.
         needs_answers: whether every prompt must have a reference answer.
         place: what named it, for errors.
         close: ends the process that it judges in, where it has one.
@@ -174,7 +186,7 @@ def _judging(
     judge = Judge(make)
     return Verifier(
         name,
-        release,
+        f"{release}+{_READING}",
         needs_answers,
         verify=lambda completion, where: judge(*completion),
         place=place,
@@ -217,19 +229,36 @@ def gym_scorer(source: ReasoningGymSource, release: str) -> Score:
 
 
 def said_answer(text: str) -> str:
-    """What a completion gives as its answer.
+    r"""What a completion gives as its answer.
 
-    That is what stands in its last ``<answer>…</answer>``; without one, the rest of the line behind
-    its last ``answer is``, ``answer to … is`` or ``answer:``, less bold and dollar signs and a full
-    stop; else all of it.
+    That is what stands in its last ``<answer>…</answer>``; without one, in its last ``\boxed{…}``;
+    without one, the rest of the sentence behind its last ``the answer is``, ``answer to … is`` or
+    ``answer:``, less a reason, bold and dollar signs; else all of it. A colon counts behind
+    ``final answer`` and where a line begins so.
     """
     from reasoning_gym.utils import extract_answer
 
     tagged: str | None = extract_answer(text)
     if tagged is not None:
         return tagged
+    boxed = _last_boxed(text)
+    if boxed is not None:
+        return boxed
     *_, last = [0, *(said.end() for said in _SAID.finditer(text))]
-    return text[last:].partition("\n")[0].rstrip(".*$ \r") if last else text.strip()
+    return _BEYOND.split(text[last:], maxsplit=1)[0].rstrip(".*$ \r") if last else text.strip()
+
+
+def _last_boxed(text: str) -> str | None:
+    """What the last box holds that is closed."""
+    first = text.rfind(_BOXED)
+    while first >= 0:
+        start, depth = first + len(_BOXED), 1
+        for end in range(start, len(text)):
+            depth += {"{": 1, "}": -1}.get(text[end], 0)
+            if not depth:
+                return text[start:end].strip()
+        first = text.rfind(_BOXED, 0, first)
+    return None
 
 
 def math_scorer(place: str) -> Score:

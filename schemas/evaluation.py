@@ -58,7 +58,8 @@ class Accuracy(Model):
 
     verifier: str = Field(description="evaluation.verifier")
     version: str = Field(
-        description="of the verifier's package; of a function, the SHA-256 of its file"
+        description="of the verifier's package, + a revision of how answers are read here; of a "
+        "function, the SHA-256 of its file"
     )
     samples_per_prompt: int = Field(description="n, completions a prompt")
     num_resamples: int = Field(description="bootstrap resamples of the prompts")

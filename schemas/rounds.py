@@ -162,7 +162,8 @@ class PromptScores(Model):
 class _Verified(Model):
     verifier: str = Field(description="evaluation.verifier")
     version: str = Field(
-        description="of the verifier's package; of a function, the SHA-256 of its file"
+        description="of the verifier's package, + a revision of how answers are read here; of a "
+        "function, the SHA-256 of its file"
     )
     contents: tuple[str, ...] = Field(description="content hashes of the completions' shards")
     prompts: tuple[PromptScores, ...] = Field(description="every held-out prompt")

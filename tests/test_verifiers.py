@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from zipfile import ZipFile
 
@@ -22,6 +23,7 @@ from opdcache.prompts import load_prompts
 from opdcache.schemas.config import JsonlSource, ReasoningGymSource
 from opdcache.verifiers import Verifier, gym_scorer, load_verifier, math_scorer, said_answer
 
+GYM = "reasoning_gym"
 ROWS = JsonlSource(type="jsonl", path="prompts.jsonl")
 
 
@@ -123,6 +125,21 @@ def test_reasoning_gym_refuses_prompts_from_elsewhere() -> None:
         ("The answer to this arithmetic problem is 8, which is even.", "8, which is even"),
         ("I have no answer. It is 8", "I have no answer. It is 8"),
         ("ANSWER:\n7", "7"),
+        ("The answer is 42.\n\nHope this answer helps: cheers", "42"),
+        ("The answer is 7. Let me check this answer: yes, it is right.", "7"),
+        ("The answer is 7. I checked the answer: it is right.", "7"),
+        ("My final answer is 42 because 40 + 2 is 42.", "42"),
+        (r"The answer is: \boxed{42}", "42"),
+        (r"\boxed{1}, or rather $\boxed{ \frac{1}{2} }$. The answer is 3", r"\frac{1}{2}"),
+        (r"\boxed{1}, or rather \boxed{\frac{1}{2", "1"),
+        (r"<answer>3</answer>, so \boxed{4}", "3"),
+        ("Thus my answer is 5.", "5"),
+        ("**Final Answer**: 6", "6"),
+        ("### Answer: **6**\n\nDone.", "6"),
+        ("The answer to 3.5 + 2 is 5.5. Done.", "5.5"),
+        ("Answer to the question: 8", "8"),
+        ("The correct answer is Zoey is a hero, and Ann a foe.", "Zoey is a hero, and Ann a foe"),
+        ("I wonder what this answer is: 9", "I wonder what this answer is: 9"),
         (" 42 \n", "42"),
         ("", ""),
     ],
@@ -293,6 +310,13 @@ def test_a_judge_that_cannot_start_is_an_error_and_no_completion_is_wrong(
 ) -> None:
     with pytest.raises(EngineError, match=words):
         Judge(partial(scorer, kind))("", "1", "p")
+
+
+@pytest.mark.parametrize(("name", "package"), [("math", "math-verify"), (GYM, "reasoning-gym")])
+def test_a_version_tells_how_answers_are_read_besides_the_package(name: str, package: str) -> None:
+    release, reading = load_verifier(name, gym("chain_sum")).version.split("+")
+    assert release == version(package)
+    assert int(reading) >= 2
 
 
 @pytest.fixture
