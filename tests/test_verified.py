@@ -26,9 +26,11 @@ from opdcache.rollout.tasks import Policy, RolloutTask
 from opdcache.rounds import status
 from opdcache.runfolder import RunContext, open_run
 from opdcache.schemas.config import ReasoningGymSource, RunConfig
+from opdcache.schemas.evaluation import Evaluation
 from opdcache.schemas.manifests import RolloutManifest, Sampling
 from opdcache.schemas.rounds import (
     AccuracyRound,
+    EvaluationRound,
     HeldOutRound,
     RolloutShard,
     TeacherAccuracy,
@@ -53,7 +55,13 @@ class Said(Silent):
     """Progress that remembers its lines."""
 
     def __init__(self) -> None:
-        self.lines = list[str]()
+        self.lines, self.num_open = list[str](), 0
+
+    def begin(self, title: str, total: int, unit: str) -> None:
+        self.num_open += 1
+
+    def end(self) -> None:
+        self.num_open -= 1
 
     def say(self, text: str) -> None:
         self.lines.append(text)
@@ -80,6 +88,10 @@ def ends(text: str, answer: str) -> float:
     """A user's verifier: 1 where the text ends in the answer, less where it only has it."""
     calls.append(text)
     return 1.0 if text.rstrip(".").endswith(answer) else 0.25 * (answer in text)
+
+
+def fails(text: str, answer: str) -> float:
+    raise ValueError(text)
 
 
 def commit(
@@ -478,8 +490,11 @@ def test_the_table_says_how_many_completions_could_not_be_judged(base: dict[str,
     source = {"type": "reasoning_gym", "dataset": "prime_factorization", "size": 2, "seed": 3}
     context = opened(verifying(base, rounds=2, verifier="reasoning_gym", source=source))
     first, second = load_prompts(ReasoningGymSource.model_validate(source)).prompts
-    unsure = {first.prompt_id: ["I am not sure."], second.prompt_id: [f"{second.answer}"]}
-    right = {prompt.prompt_id: [f"{prompt.answer}"] for prompt in (first, second)}
+    unsure: Completions = {
+        first.prompt_id: ["I am not sure."],
+        second.prompt_id: [f"{second.answer}"],
+    }
+    right: Completions = {prompt.prompt_id: [f"{prompt.answer}"] for prompt in (first, second)}
     *_, (line,) = told(context, unsure, right, unsure)
     assert line == (
         "completions that could not be judged, counted as wrong: round 0: 1, teacher: 1"
@@ -488,6 +503,38 @@ def test_the_table_says_how_many_completions_could_not_be_judged(base: dict[str,
     assert kept is not None
     said = {prompt.prompt_id: (prompt.scores, prompt.num_failed) for prompt in kept.prompts}
     assert said == {first.prompt_id: ((0,), 1), second.prompt_id: ((1,), 0)}
+
+
+@pytest.mark.parametrize(
+    ("rounds", "divergences", "changes"),
+    [
+        ((0, 1), (0.5, 0.25), ["", "-50.0%"]),
+        ((0, 1), (0.0, 0.25), ["", ""]),
+        ((1, 2), (0.5, 0.25), ["", ""]),
+    ],
+)
+def test_a_change_is_from_round_0_where_that_is_there_and_differs_from_the_teacher(
+    rounds: Sequence[int], divergences: Sequence[float], changes: list[str]
+) -> None:
+    of = {"teachers": (), "contents": (), "overlap": 1, "entropy_gap": 2, "tokens": 9}
+    entropies = {"student_entropy": 1, "teacher_entropy": 1, "student": "s"}
+    rows = tuple(
+        EvaluationRound(round=i, reverse_kl=kl, **of, **entropies)
+        for i, kl in zip(rounds, divergences, strict=True)
+    )
+    _, table = evaluation_lines(Evaluation(divergence=rows, accuracy=None))
+    cells = [line.split() for line in table.splitlines()[-2:]]
+    assert [row[2] if len(row) == 6 else "" for row in cells] == changes
+
+
+def test_a_verifier_that_fails_ends_the_progress_all_the_same(base: dict[str, Any]) -> None:
+    said = Said()
+    config = verifying(base, teacher=False, verifier="tests.test_verified:fails")
+    context = open_run(RunConfig.model_validate(config), said, Worker())
+    answer(context, 0, commit(context.cache, "before", {"p1": ["1."]}))
+    with pytest.raises(ConfigError, match=r"row 0: evaluation\.verifier: the function failed"):
+        verified.run(context)
+    assert said.num_open == 0
 
 
 def test_a_teacher_s_scores_are_a_file_beside_its_completions(context: RunContext) -> None:

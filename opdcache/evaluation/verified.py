@@ -100,6 +100,18 @@ def _verified(
 ) -> dict[str, Any]:
     """What the two kinds of files share; a prompt's completions may stand in several shards."""
     context.progress.begin(f"{title} verification", len(shards), "shards")
+    try:
+        prompts = _scored(context, verifier, shards, title)
+    finally:
+        context.progress.end()
+    contents = tuple(shard.content for shard in shards)
+    of = {"verifier": verifier.name, "version": verifier.version}
+    return {**of, "contents": contents, "prompts": prompts}
+
+
+def _scored(
+    context: RunContext, verifier: Verifier, shards: Sequence[RolloutShard], title: str
+) -> tuple[PromptScores, ...]:
     scored = defaultdict[tuple[str, str], list[tuple[int, float, bool, bool]]](list)
     for shard in shards:
         with quarantining(context.cache):
@@ -112,8 +124,7 @@ def _verified(
             one = row["sample_index"], score, quality.truncated(row["finish_reason"]), failed
             scored[row["task"], row["prompt_id"]].append(one)
         context.progress.advance(1, shard.num_tokens)
-    context.progress.end()
-    prompts = tuple(
+    return tuple(
         PromptScores(
             prompt_id=prompt_id,
             task=task,
@@ -123,9 +134,6 @@ def _verified(
         )
         for (task, prompt_id), completions in sorted(scored.items())
     )
-    contents = tuple(shard.content for shard in shards)
-    of = {"verifier": verifier.name, "version": verifier.version}
-    return {**of, "contents": contents, "prompts": prompts}
 
 
 def _place(title: str, shard: RolloutShard, row: int) -> str:
