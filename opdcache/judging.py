@@ -122,6 +122,8 @@ _SERVE = "import sys; from opdcache.judging import serve; serve(int(sys.argv[1])
 
 def serve(handle: int) -> None:
     """Judge what comes through a pipe until its other end is closed: what the process does."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # sent to all of a job: it ends with its parent
+        signal.signal(number, signal.SIG_IGN)
     with Connection(handle) as pipe, suppress(EOFError):
         make, limit_s = pipe.recv()
         try:

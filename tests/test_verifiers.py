@@ -3,6 +3,7 @@
 import gc
 import hashlib
 import os
+import signal
 import sys
 import threading
 import time
@@ -282,6 +283,15 @@ def test_a_judge_s_process_loads_neither_engines_nor_storage_and_prints_nothing(
     assert judge("print('said', flush=True)", "1", "p") == 1
     judge.close()
     assert capfd.readouterr() == ("", "")
+
+
+def test_an_interrupt_of_the_whole_job_fails_no_completion() -> None:
+    judge = Judge(partial(scorer, "good"))
+    pid = int(asked(judge, "pid"))
+    for number in (signal.SIGINT, signal.SIGTERM):
+        os.kill(pid, number)
+    assert judge("", "0.5", "p") == 0.5
+    judge.close()
 
 
 def forget(judges: list[Judge]) -> None:
