@@ -29,12 +29,12 @@ def _divergence_table(rows: Sequence[EvaluationRound]) -> str:
     table = Table(
         "round", "reverse KL", "change", "overlap@16", "entropy gap", "tokens", box=box.SIMPLE
     )
+    first = next((row.reverse_kl for row in rows if not row.round), 0)
     for row in rows:
-        change = row.reverse_kl / rows[0].reverse_kl - 1
         table.add_row(
             str(row.round),
             f"{row.reverse_kl:.4f}",
-            f"{change:+.1%}" if row.round else "",
+            f"{row.reverse_kl / first - 1:+.1%}" if row.round and first else "",
             f"{row.overlap:.4f}",
             f"{row.entropy_gap:.4f}",
             f"{row.tokens:,}",
@@ -54,6 +54,13 @@ def _accuracy_lines(accuracy: Accuracy) -> Iterator[str]:
             yield f"task {task}, {rows[0].num_prompts:,} prompts:"
         yield _accuracy_table(rows)
         yield from _gap_lines(rows)
+    failed = [f"{_name(row)}: {row.num_failed:,}" for row in accuracy.overall if row.num_failed]
+    if failed:
+        yield f"completions that could not be judged, counted as wrong: {', '.join(failed)}"
+
+
+def _name(row: ModelAccuracy) -> str:
+    return "teacher" if row.round is None else f"round {row.round}"
 
 
 def _accuracy_table(rows: Sequence[ModelAccuracy]) -> str:

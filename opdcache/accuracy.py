@@ -39,11 +39,13 @@ class Answered:
         round: whose student it is; None: the teacher.
         scores_PN: float64 [P, N], from 0 to 1.
         num_truncated_P: int64 [P], completions cut off at their longest.
+        num_failed: completions that the verifier could not judge.
     """
 
     round: int | None
     scores_PN: Floats
     num_truncated_P: NDArray[np.int64]
+    num_failed: int = 0
 
     @classmethod
     def of(cls, round_index: int | None, prompts: Sequence[PromptScores]) -> "Answered":
@@ -52,6 +54,7 @@ class Answered:
             round_index,
             np.array([prompt.scores for prompt in prompts]),
             np.array([prompt.num_truncated for prompt in prompts]),
+            sum(prompt.num_failed for prompt in prompts),
         )
 
 
@@ -78,6 +81,7 @@ def accuracies(models: Sequence[Answered]) -> tuple[ModelAccuracy, ...]:
                 num_prompts=len(model.scores_PN),
                 num_completions=model.scores_PN.size,
                 num_truncated=int(model.num_truncated_P.sum()),
+                num_failed=model.num_failed,
                 mean_score=mean_score,
                 pass_at=dict(zip(every_k, passes, strict=True)),
                 recovery=gained,

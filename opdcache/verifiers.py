@@ -1,11 +1,11 @@
 """Verifiers: how right a completion is, from 0 to 1.
 
 Three kinds by name: ``reasoning_gym`` (the scorer of the prompts' own dataset), ``math``
-(math-verify) and a function of the user's, ``module:function``.
+(math-verify) and a function of the user's, ``module:function``. The first two judge in a process of
+their own.
 """
 
 import re
-import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -19,19 +19,49 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import ConfigError, NotInstalled, PromptError
+from .judging import Judge, Score
 from .prompts import gym_dataset, gym_prompt
 from .schemas.config import PromptSource, ReasoningGymSource, RunConfig
 from .user_code import find_function, finite
 
 PLACE = "evaluation.verifier"
 REASONING_GYM, MATH = "reasoning_gym", "math"
-_SAID = re.compile(r"answer\b[^.\n]*?(?:\bis\b|:)[\s:*$]*", re.IGNORECASE)
-_MARKED = ("$", "\\boxed", "\\(", "\\[")
-_LIMIT_S = 5
-"""Longest that math-verify works on one expression, its own default."""
+_READING = 2
+"""Revision of what is read here as an answer; it is part of the versions, so that scores by another
+are not taken again."""
 
-Verify = Callable[[str, str | None, str], float]
-"""Score of a completion's text, given its prompt's reference answer and id."""
+_ASKED = r"(?:\s+(?:to|for|of)\b(?:[^.:\n]|[.:]\d)*?)?"
+_SAID = re.compile(
+    rf"\b(?:(?:the|my)(?:\s+(?:final|correct|right))?|final)\s+answer{_ASKED}\s+is\b[\s:*$]*"
+    rf"|(?:^[^\w\n]*(?:(?:the|my)\s+)?|\bfinal\s+)answer{_ASKED}(?:\s+is\b|\**\s*:)[\s:*$]*",
+    re.IGNORECASE | re.MULTILINE,
+)
+_BEYOND = re.compile(r"\n|\.\s|,?\s+because\b", re.IGNORECASE)
+_BOXED = "\\boxed{"
+_MARKED = ("$", "\\boxed", "\\(", "\\[")
+
+Completion = tuple[str, str | None, str]
+"""Text, and the prompt's reference answer and id."""
+
+Verify = Callable[[Completion, str], float | None]
+"""Score of a completion, from 0 to 1, given its place for errors; None: it cannot be judged."""
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """What a verifier says of N completions.
+
+    Attributes:
+        scores_N: float64 [N], from 0 to 1.
+        failed_N: bool [N], those that it could not judge, whose score is 0.
+    """
+
+    scores_N: NDArray[np.float64]
+    failed_N: NDArray[np.bool_]
+
+
+def _nothing() -> None:
+    """Nothing to close."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,39 +70,48 @@ class Verifier:
 
     Attributes:
         name: as the run file has it.
-        version: of the package that verifies, or the SHA-256 of the file of the user's function.
+        version: of the package that verifies and, behind a plus, of how answers are read here; or
+            the SHA-256 of the file of the user's function.
         needs_answers: whether every prompt must have a reference answer.
+        place: what named it, for errors.
+        close: ends the process that it judges in, where it has one.
     """
 
     name: str
     version: str
     needs_answers: bool
     verify: Verify
+    place: str = PLACE
+    close: Callable[[], None] = _nothing
 
-    def scores(
-        self, completions: Iterable[tuple[str, str | None, str]], where: Callable[[int], str]
-    ) -> NDArray[np.float64]:
-        """Score of every completion, [N], from 0 to 1.
+    def judged(self, completions: Iterable[Completion], where: Callable[[int], str]) -> Judged:
+        """Scores of completions.
+
+        One that a package cannot judge (it raises, takes too long, or gives no number from 0 to 1)
+        is wrong, and told apart; of a function of the user's the same is an error.
 
         Args:
-            completions: text, reference answer and prompt id of each.
             where: a completion's place, for errors.
 
         Raises:
-            ConfigError: an answer is missing, or the verifier fails, or what it gives is no number
-                from 0 to 1.
+            ConfigError: an answer is missing, or the user's function fails.
             PromptError: the prompt is not one that it knows.
+            EngineError: the process that it judges in does not start.
         """
         made = []
-        for i, (text, answer, prompt_id) in enumerate(completions):
-            self.refuse_unanswered([answer], where(i))
-            score = finite(partial(self.verify, text, answer, prompt_id), PLACE, where(i))
-            if not 0 <= score <= 1:
-                raise ConfigError(
-                    f"{PLACE}: a score is from 0 to 1", where=where(i), got=f"{score:g}"
-                )
-            made.append(score)
-        return np.array(made, np.float64)
+        for i, completion in enumerate(completions):
+            self.refuse_unanswered([completion[1]], where(i))
+            made.append(self.verify(completion, where(i)))
+        return Judged(
+            np.array([score or 0 for score in made], np.float64),
+            np.array([score is None for score in made], np.bool_),
+        )
+
+    def scores(
+        self, completions: Iterable[Completion], where: Callable[[int], str]
+    ) -> NDArray[np.float64]:
+        """Score of every completion, [N], from 0 to 1; takes and raises what ``judged`` does."""
+        return self.judged(completions, where).scores_N
 
     def refuse_unanswered(self, answers: Sequence[str | None], where: str | None = None) -> None:
         """Refuse prompts without the reference answers that the verifier needs.
@@ -82,7 +121,7 @@ class Verifier:
         """
         if self.needs_answers and None in answers:
             raise ConfigError(
-                f"{PLACE}: {self.name!r} needs reference answers, and a held-out prompt has none",
+                f"{self.place}: {self.name!r} needs reference answers, and a prompt has none",
                 where=where,
                 remedy="name the prompts' answers in their source, or leave the verifier out",
             )
@@ -101,45 +140,83 @@ def evaluation_verifier(config: RunConfig) -> Verifier | None:
     return load_verifier(evaluation.verifier, evaluation.source or config.prompts.source)
 
 
-def load_verifier(name: str, source: PromptSource | None) -> Verifier:
+def load_verifier(name: str, source: PromptSource | None, place: str = PLACE) -> Verifier:
     """The verifier of a name, for prompts of a source; None when that is not known.
+
+    Args:
+        place: what names it, for errors.
 
     Raises:
         ConfigError: there is none, or it does not know prompts of such a source.
         NotInstalled: its package is not there.
     """
     if name == REASONING_GYM:
-        return _reasoning_gym(source)
+        return _reasoning_gym(source, place)
     if name == MATH:
-        return _math()
-    function = find_function(name, PLACE)
+        release = _release("math-verify", "pip install 'opdcache[math]'", place)
+        return _judging(name, release, place, partial(math_scorer, place), needs_answers=True)
+    return _users(name, place)
+
+
+def _users(name: str, place: str) -> Verifier:
+    function = find_function(name, place)
+
+    def verify(completion: Completion, where: str) -> float:
+        text, answer, _ = completion
+        score = finite(partial(function, text, answer), place, where)
+        if not 0 <= score <= 1:
+            raise ConfigError(f"{place}: a score is from 0 to 1", where=where, got=f"{score:g}")
+        return score
+
+    return Verifier(name, _file_version(name), needs_answers=True, verify=verify, place=place)
+
+
+def _file_version(name: str) -> str:
+    """SHA-256 of the file of a function; nothing where it has none, such as in a zipped module."""
     file = getattr(modules[name.partition(":")[0]], "__file__", None)
+    try:
+        return sha256(Path(file).read_bytes()).hexdigest() if file else ""
+    except OSError:
+        return ""
+
+
+def _judging(
+    name: str, release: str, place: str, make: Callable[[], Score], *, needs_answers: bool
+) -> Verifier:
+    judge = Judge(make)
     return Verifier(
         name,
-        sha256(Path(file).read_bytes()).hexdigest() if file else "",
-        needs_answers=True,
-        verify=lambda text, answer, prompt_id: function(text, answer),
+        f"{release}+{_READING}",
+        needs_answers,
+        verify=lambda completion, where: judge(*completion),
+        place=place,
+        close=judge.close,
     )
 
 
-def _reasoning_gym(source: PromptSource | None) -> Verifier:
-    """The dataset's own scorer. Many need more of an entry than its answer, so the entries are
-    generated again, when the first is asked for, and found by the prompt's id."""
+def _reasoning_gym(source: PromptSource | None, place: str) -> Verifier:
     if not isinstance(source, ReasoningGymSource):
         raise ConfigError(
-            f"{PLACE}: 'reasoning_gym' scores answers to prompts of a reasoning_gym source",
+            f"{place}: 'reasoning_gym' scores answers to prompts of a reasoning_gym source",
             got="none" if source is None else source.type,
             remedy="take 'math' or a function of yours",
         )
-    release = _release("reasoning-gym", "pip install reasoning-gym")
+    release = _release("reasoning-gym", "pip install reasoning-gym", place)
+    make = partial(gym_scorer, source, release)
+    return _judging(REASONING_GYM, release, place, make, needs_answers=False)
 
-    @lru_cache(maxsize=1)
-    def entries() -> tuple[Any, dict[str, dict[str, Any]]]:
-        dataset = gym_dataset(source)
-        return dataset, {gym_prompt(source, entry).prompt_id: entry for entry in dataset}
 
-    def verify(text: str, answer: str | None, prompt_id: str) -> float:
-        dataset, by_prompt = entries()
+def gym_scorer(source: ReasoningGymSource, release: str) -> Score:
+    """The dataset's own scorer. Many need more of an entry than its answer, so the entries are
+    generated again, and found by the prompt's id.
+
+    Raises:
+        PromptError: reasoning-gym refuses the source; so does the scorer a prompt of another.
+    """
+    dataset = gym_dataset(source)
+    by_prompt = {gym_prompt(source, entry).prompt_id: entry for entry in dataset}
+
+    def score(text: str, answer: str | None, prompt_id: str) -> float:
         if prompt_id not in by_prompt:
             raise PromptError(
                 f"not an entry of {source.dataset!r} as reasoning-gym {release} makes it",
@@ -148,50 +225,66 @@ def _reasoning_gym(source: PromptSource | None) -> Verifier:
             )
         return float(dataset.score_answer(said_answer(text), by_prompt[prompt_id]))
 
-    return Verifier(REASONING_GYM, release, needs_answers=False, verify=verify)
+    return score
 
 
 def said_answer(text: str) -> str:
-    """What a completion gives as its answer.
+    r"""What a completion gives as its answer.
 
-    That is what stands in its last ``<answer>…</answer>``; without one, the rest of the line behind
-    its last ``answer is``, ``answer to … is`` or ``answer:``, less bold and dollar signs and a full
-    stop; else all of it.
+    That is what stands in its last ``<answer>…</answer>``; without one, in its last ``\boxed{…}``;
+    without one, the rest of the sentence behind its last ``the answer is``, ``answer to … is`` or
+    ``answer:``, less a reason, bold and dollar signs; else all of it. A colon counts behind
+    ``final answer`` and where a line begins so.
     """
     from reasoning_gym.utils import extract_answer
 
     tagged: str | None = extract_answer(text)
     if tagged is not None:
         return tagged
+    boxed = _last_boxed(text)
+    if boxed is not None:
+        return boxed
     *_, last = [0, *(said.end() for said in _SAID.finditer(text))]
-    return text[last:].partition("\n")[0].rstrip(".*$ \r") if last else text.strip()
+    return _BEYOND.split(text[last:], maxsplit=1)[0].rstrip(".*$ \r") if last else text.strip()
 
 
-def _math() -> Verifier:
-    release = _release("math-verify", "pip install 'opdcache[math]'")
+def _last_boxed(text: str) -> str | None:
+    """What the last box holds that is closed."""
+    first = text.rfind(_BOXED)
+    while first >= 0:
+        start, depth = first + len(_BOXED), 1
+        for end in range(start, len(text)):
+            depth += {"{": 1, "}": -1}.get(text[end], 0)
+            if not depth:
+                return text[start:end].strip()
+        first = text.rfind(_BOXED, 0, first)
+    return None
+
+
+def math_scorer(place: str) -> Score:
+    """math-verify, without its time limits: those are signals, and whoever judges has one.
+
+    Args:
+        place: what named it, for errors.
+    """
     from math_verify import parse, verify
 
     @lru_cache(maxsize=1024)
     def gold(answer: str) -> list[Any]:
-        read: list[Any] = parse(_as_latex(answer), parsing_timeout=_limit_s())
+        read: list[Any] = parse(_as_latex(answer), parsing_timeout=None)
         if not read:
             raise ConfigError(
-                f"{PLACE}: math-verify reads no expression in a reference answer",
+                f"{place}: math-verify reads no expression in a reference answer",
                 got=repr(answer[:60]),
                 remedy="give answers as numbers or LaTeX, or take a function of yours",
             )
         return read
 
-    def right(text: str, answer: str | None, prompt_id: str) -> float:
-        said = parse(text, parsing_timeout=_limit_s())
-        return float(verify(gold(answer or ""), said, timeout_seconds=_limit_s()))
+    def score(text: str, answer: str | None, prompt_id: str) -> float:
+        said = parse(text, parsing_timeout=None)
+        return float(verify(gold(answer or ""), said, timeout_seconds=None))
 
-    return Verifier(MATH, release, needs_answers=True, verify=right)
-
-
-def _limit_s() -> int | None:
-    """math-verify's time limits are signals, which only the main thread can set."""
-    return _LIMIT_S if threading.current_thread() is threading.main_thread() else None
+    return score
 
 
 def _as_latex(answer: str) -> str:
@@ -202,7 +295,7 @@ def _as_latex(answer: str) -> str:
     return f"${answer.rpartition('####')[2].strip()}$"
 
 
-def _release(package: str, remedy: str) -> str:
+def _release(package: str, remedy: str, place: str) -> str:
     """Version of a package that is there.
 
     Raises:
@@ -211,4 +304,4 @@ def _release(package: str, remedy: str) -> str:
     try:
         return version(package)
     except ImportError as error:  # what PackageNotFoundError is
-        raise NotInstalled(f"{package} is not installed", where=PLACE, remedy=remedy) from error
+        raise NotInstalled(f"{package} is not installed", where=place, remedy=remedy) from error

@@ -317,6 +317,10 @@ class RunConfig(Model):
         """The teacher that scores a task."""
         return self.teachers.get(task, self.teacher)
 
+    def place_of(self, task: str) -> str:
+        """Key of the run file that the teacher of a task stands under."""
+        return f"teachers.{task}" if task in self.teachers else "teacher"
+
     def columns_of(self, teacher: TeacherConfig) -> frozenset[ScoreColumn]:
         """Columns that this run stores of a scoring model."""
         absent: set[ScoreColumn] = set() if self.rollout.student_topk else {"student_topk"}
@@ -348,13 +352,16 @@ class RunConfig(Model):
         return self
 
     @model_validator(mode="after")
-    def _evaluation_sees_every_teacher(self) -> Self:
+    def _evaluation_asks_no_served_teacher(self) -> Self:
         served = [t for t in (self.teacher, *self.teachers.values()) if t.backend.type == "http"]
-        if self.evaluation is not None and served:
-            raise ValueError(
-                "evaluation: it compares whole distributions, which an http teacher does not give"
-            )
-        return self
+        evaluation = self.evaluation
+        if evaluation is None or not served or (evaluation.verifier and not evaluation.teacher):
+            return self
+        raise ValueError(
+            "evaluation: it compares whole distributions, and samples answers, which an http "
+            "teacher does not give; set evaluation.verifier, and evaluation.teacher to false, to "
+            "evaluate students alone"
+        )
 
     @model_validator(mode="after")
     def _the_verifier_knows_the_prompts(self) -> Self:

@@ -38,6 +38,9 @@ class ModelAccuracy(Model):
     num_prompts: int = Field(description="prompts")
     num_completions: int = Field(description="completions")
     num_truncated: int = Field(description="completions cut off at their longest")
+    num_failed: int = Field(
+        0, description="completions that the verifier could not judge, which count as wrong"
+    )
     mean_score: Estimate = Field(
         description="avg@n: mean score of a prompt's n completions, partial credit included"
     )
@@ -55,7 +58,8 @@ class Accuracy(Model):
 
     verifier: str = Field(description="evaluation.verifier")
     version: str = Field(
-        description="of the verifier's package; of a function, the SHA-256 of its file"
+        description="of the verifier's package, + a revision of how answers are read here; of a "
+        "function, the SHA-256 of its file"
     )
     samples_per_prompt: int = Field(description="n, completions a prompt")
     num_resamples: int = Field(description="bootstrap resamples of the prompts")

@@ -154,12 +154,16 @@ class PromptScores(Model):
         description="of its completions, by sample index: 0 is wrong, 1 right"
     )
     num_truncated: int = Field(description="completions cut off at their longest")
+    num_failed: int = Field(
+        0, description="completions that the verifier could not judge, which count as wrong"
+    )
 
 
 class _Verified(Model):
     verifier: str = Field(description="evaluation.verifier")
     version: str = Field(
-        description="of the verifier's package; of a function, the SHA-256 of its file"
+        description="of the verifier's package, + a revision of how answers are read here; of a "
+        "function, the SHA-256 of its file"
     )
     contents: tuple[str, ...] = Field(description="content hashes of the completions' shards")
     prompts: tuple[PromptScores, ...] = Field(description="every held-out prompt")

@@ -17,6 +17,7 @@ from opdcache.accuracy import (
     resampled_means,
 )
 from opdcache.schemas.evaluation import ModelAccuracy
+from opdcache.schemas.rounds import PromptScores
 
 RNG = np.random.default_rng(7)
 
@@ -67,6 +68,13 @@ def test_partial_credit_counts_in_the_mean_and_is_not_right() -> None:
     assert row.pass_at[2].value == pytest.approx(2 / 3)
     assert (row.num_prompts, row.num_completions, row.num_truncated) == (3, 6, 2)
     assert row.recovery is None
+
+
+def test_completions_that_could_not_be_judged_are_summed() -> None:
+    of = {"task": "t", "num_truncated": 0}
+    prompts = [PromptScores(prompt_id=str(n), scores=(0, 0), num_failed=n, **of) for n in (0, 2, 1)]
+    (row,) = accuracies([Answered.of(0, prompts)])
+    assert row.num_failed == 3
 
 
 def test_an_interval_is_that_of_scipy_s_bootstrap() -> None:
@@ -179,8 +187,10 @@ def test_the_same_scores_give_the_same_intervals() -> None:
 
 
 def test_without_a_teacher_or_round_0_there_is_no_gap() -> None:
-    scores = graded(10, 1, 0.5)
-    for models in ([answered(0, scores), answered(1, scores)],):
-        assert all(row.recovery is None for row in accuracies(models))
-    rows = by_round([answered(1, scores), answered(None, scores)])
-    assert rows[1].recovery is None
+    low, high = graded(10, 1, 0.1), graded(10, 1, 0.9)
+    without_teacher = [answered(0, low), answered(1, high), answered(2, high)]
+    without_round_0 = [answered(1, low), answered(2, high), answered(None, high)]
+    for models in (without_teacher, without_round_0):
+        assert [row.recovery for row in accuracies(models)] == [None] * 3
+    both = by_round([*without_teacher, answered(None, high)])
+    assert [both[i].recovery is None for i in (0, 1, 2, None)] == [True, False, False, True]

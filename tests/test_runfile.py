@@ -688,9 +688,21 @@ def test_the_student_may_be_a_reference_that_is_not_served(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("part", ["teacher", "teachers.maths"])
 def test_an_evaluation_of_a_served_teacher_is_refused(tmp_path: Path, part: str) -> None:
-    changes = {part: SERVED, "evaluation": {"source": {"type": "jsonl", "path": "held-out"}}}
+    evaluation = {"source": {"type": "jsonl", "path": "held-out"}}
+    changes: dict[str, Any] = {part: SERVED, "evaluation": evaluation}
 
     assert "it compares whole distributions" in fault(run_file(tmp_path, changes))
+    changes["evaluation"] |= {"verifier": "math"}
+    assert "evaluation.teacher to false" in fault(run_file(tmp_path, changes))
+
+
+@pytest.mark.parametrize("part", ["teacher", "teachers.maths"])
+def test_students_alone_may_be_evaluated_beside_a_served_teacher(tmp_path: Path, part: str) -> None:
+    source = {"type": "jsonl", "path": "held-out"}
+    alone = {"source": source, "verifier": "math", "teacher": False}
+    evaluation = load(tmp_path, {part: SERVED, "evaluation": alone}).evaluation
+    assert evaluation is not None
+    assert not evaluation.teacher
 
 
 def test_an_evaluation_does_not_mind_a_served_reference(tmp_path: Path) -> None:

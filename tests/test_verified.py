@@ -6,6 +6,7 @@ import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,21 +14,29 @@ import pytest
 
 from opdcache import documents
 from opdcache.cli.evaluation_text import evaluation_lines
-from opdcache.errors import ConfigError, InputsMissing, RunChanged, UsageError
+from opdcache.errors import ConfigError, InputsMissing, PromptError, RunChanged, UsageError
+from opdcache.evaluation import divergence, verified
 from opdcache.evaluation import run as evaluation
-from opdcache.evaluation import verified
+from opdcache.prompts import load_prompts
 from opdcache.resolve import load_tokenizer
-from opdcache.rollout import teacher
+from opdcache.rollout import engine, teacher
 from opdcache.rollout.stage import plan_round
 from opdcache.rollout.stage import run as rollout
-from opdcache.runfolder import RunContext
+from opdcache.rollout.tasks import Policy, RolloutTask
+from opdcache.rounds import status
+from opdcache.runfolder import RunContext, open_run
+from opdcache.schemas.config import ReasoningGymSource, RunConfig
+from opdcache.schemas.evaluation import Evaluation
+from opdcache.schemas.manifests import RolloutManifest, Sampling
 from opdcache.schemas.rounds import (
     AccuracyRound,
+    EvaluationRound,
     HeldOutRound,
     RolloutShard,
     TeacherAccuracy,
     TeacherHeldOut,
 )
+from opdcache.stage import Silent, Worker
 from opdcache.store import rollouts
 from opdcache.store.cache import Cache, as_listed
 
@@ -42,10 +51,47 @@ FUNCTION = "tests.test_verified:ends"
 calls = list[str]()
 
 
+class Said(Silent):
+    """Progress that remembers its lines."""
+
+    def __init__(self) -> None:
+        self.lines, self.num_open = list[str](), 0
+
+    def begin(self, title: str, total: int, unit: str) -> None:
+        self.num_open += 1
+
+    def end(self) -> None:
+        self.num_open -= 1
+
+    def say(self, text: str) -> None:
+        self.lines.append(text)
+
+
+class Sampled:
+    """Commits a shard for every task without an engine; remembers who would have sampled."""
+
+    def __init__(self) -> None:
+        self.policies = list[Policy]()
+
+    def __call__(
+        self, context: RunContext, policy: Policy, tasks: dict[str, RolloutTask], *_: str
+    ) -> tuple[dict[str, RolloutManifest], dict[str, str]]:
+        self.policies.append(policy)
+        found = {key: shards.commit_rollouts(context.cache, key) for key in tasks}
+        return {
+            key: manifest.model_copy(update={"key": key, "task": tasks[key].task})
+            for key, manifest in found.items()
+        }, {}
+
+
 def ends(text: str, answer: str) -> float:
     """A user's verifier: 1 where the text ends in the answer, less where it only has it."""
     calls.append(text)
     return 1.0 if text.rstrip(".").endswith(answer) else 0.25 * (answer in text)
+
+
+def fails(text: str, answer: str) -> float:
+    raise ValueError(text)
 
 
 def commit(
@@ -192,6 +238,24 @@ def test_a_teacher_that_is_not_asked_is_not_there(base: dict[str, Any]) -> None:
     assert not context.folder.teacher_path.exists()
 
 
+def test_students_are_verified_beside_a_served_teacher_and_the_divergence_is_refused(
+    base: dict[str, Any], tmp_path: Path
+) -> None:
+    tokenizer = str(tmp_path / "teacher")
+    backend = {"type": "http", "url": "http://one", "tokenizer": tokenizer, "budget_tokens": 9}
+    served = {"model": "big", "revision": "1", "backend": backend}
+    config = verifying(base, teacher=False) | {"teacher": served}
+    context = opened(config)
+    assert len(plan_round(context, 0).parts[HeldOutRound].tasks) == 1
+    assert status(context.config).stages[-1].stage == "rollout"
+    answer(context, 0, commit(context.cache, "before", {"p1": ["1."]}))
+    found = evaluation.run(context, divergence=False)
+    assert found.accuracy is not None
+    assert [row.mean_score.value for row in found.accuracy.overall] == [1]
+    with pytest.raises(ConfigError, match=r"^teacher: .*an http teacher.*take --no-divergence"):
+        evaluation.run(context)
+
+
 def test_rounds_that_answered_different_prompts_are_not_compared(context: RunContext) -> None:
     answer(context, 0, commit(context.cache, "before", {"p1": ["1.", "1."]}))
     answer(context, None, commit(context.cache, "teacher", {"p2": ["1.", "1."]}))
@@ -291,8 +355,74 @@ def test_each_task_is_answered_by_its_own_teacher_in_its_own_engine(
     _, parts = planned(config)
     assert [[task.task for task in part.tasks] for part in parts] == [["a"], ["b"]]
     assert [part.policy.engine for part in parts] == [{"max_model_len": 128}, backend["engine"]]
-    assert [part.place for part in parts] == ["rollout.engine", "teacher.backend.engine"]
+    assert [part.place for part in parts] == ["rollout.engine", "teachers.b.backend.engine"]
     assert [part.policy.dtype for part in parts] == ["bfloat16", "float32"]
+
+
+def test_a_teacher_in_transformers_takes_of_the_student_s_engine_what_fits_the_machine(
+    base: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    harmless = {"max_model_len": 96, "enforce_eager": True}
+    engine = {**harmless, "quantization": "fp8", "hf_overrides": {"rope_theta": 1}}
+    config = ask(base, tmp_path, rollout=base["rollout"] | {"engine": engine})
+    said = Said()
+    context = open_run(RunConfig.model_validate(config), said, Worker())
+    monkeypatch.setattr(teacher, "generate", sampled := Sampled())
+    teacher.run(context)
+    assert [policy.engine for policy in sampled.policies] == [harmless]
+    assert said.lines == [
+        "teacher teacher held out: without rollout.engine's hf_overrides, quantization"
+    ]
+
+
+def test_teachers_of_the_same_weights_in_two_folders_are_two(
+    base: dict[str, Any], tmp_path: Path
+) -> None:
+    """The tokenizers beside them may differ, which no fingerprint of the weights says."""
+    shutil.copytree(tmp_path / "teacher", tmp_path / "again")
+    other = {"b": {"model": str(tmp_path / "again")}}
+    context, parts = planned(ask(base, tmp_path, teachers=other))
+    assert context.resolved.teachers["b"] == context.resolved.teacher
+    assert [part.policy.folder.name for part in parts] == ["teacher", "again"]
+
+
+def test_a_teacher_of_two_tasks_is_one_engine(base: dict[str, Any], tmp_path: Path) -> None:
+    same = {"b": {"model": str(tmp_path / "teacher")}}
+    _, (part,) = planned(ask(base, tmp_path, teachers=same))
+    assert [task.task for task in part.tasks] == ["a", "b"]
+
+
+@pytest.mark.parametrize("name", ["teacher", "maths"])
+def test_the_teachers_of_a_run_are_listed_as_their_shards_are(
+    base: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Tasks a and c are one teacher's, whose engine comes first: b's shards are the last then."""
+    shutil.copytree(tmp_path / "student", tmp_path / "maths")
+    rows = [{"prompt": f"say {t}", "answer": t, "task": t} for t in "abc"]
+    config = ask(base, tmp_path, teachers={"b": {"model": str(tmp_path / name)}})
+    write_prompts(tmp_path / "held-out.jsonl", *rows)
+    context = opened(config)
+    monkeypatch.setattr(teacher, "generate", sampled := Sampled())
+    made = teacher.run(context)
+    resolved = context.resolved
+    engines = [policy.fingerprint for policy in sampled.policies]
+    assert engines == list(dict.fromkeys([resolved.teacher, resolved.teachers["b"]]))
+    of = {"a": resolved.teacher, "b": resolved.teachers["b"], "c": resolved.teacher}
+    tasks = ["a", "b", "c"] if name == "teacher" else ["a", "c", "b"]
+    assert [shard.task for shard in made.shards] == tasks
+    assert list(made.teachers) == [of[shard.task] for shard in made.shards]
+
+
+def test_a_prompt_that_fills_an_engine_names_that_engine_s_key(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(engine, "Engine", lambda *_: SimpleNamespace(max_model_len=4))
+    place = "teachers.b.backend.engine"
+    sampler = engine.Sampler(
+        tmp_path, dtype="float32", processed=False, topk=0, arguments={}, place=place
+    )
+    with pytest.raises(PromptError, match=r"or raise teachers\.b\.backend\.engine\.max_model_len"):
+        sampler.sample([engine.Draw((1, 2, 3, 4), 0)], Sampling())
 
 
 def test_a_teacher_that_vllm_would_load_otherwise_is_not_asked(
@@ -300,8 +430,22 @@ def test_a_teacher_that_vllm_would_load_otherwise_is_not_asked(
 ) -> None:
     backend = {"type": "transformers", "arguments": {"device_map": "auto", "rope_scaling": {}}}
     own = {"model": str(tmp_path / "teacher"), "backend": backend}
-    with pytest.raises(ConfigError, match=r"'rope_scaling' may change.*teacher to false"):
+    words = r"backend\.arguments: 'rope_scaling' may change.*teacher to false"
+    with pytest.raises(ConfigError, match=rf"^teacher\.{words}"):
         planned(ask(base, tmp_path, teacher=own))
+    with pytest.raises(ConfigError, match=rf"^teachers\.b\.{words}"):
+        planned(ask(base, tmp_path, teachers={"b": own}, output=str(tmp_path / "other")))
+
+
+def test_the_divergence_names_the_teacher_that_it_cannot_load(
+    base: dict[str, Any], tmp_path: Path
+) -> None:
+    backend = {"type": "vllm", "engine": {"quantization": "fp8"}}
+    own = {"model": str(tmp_path / "teacher"), "backend": backend}
+    config = ask(base, tmp_path, teachers={"b": own})
+    config["score"] = {"columns": ["sampled", "topk"]}
+    with pytest.raises(ConfigError, match=r"^teachers\.b\.backend\.engine: 'quantization' may"):
+        divergence.refuse(opened(config))
 
 
 def told(context: RunContext, *texts: Completions) -> list[list[str]]:
@@ -340,6 +484,57 @@ def test_the_table_says_that_a_gap_is_too_unsure_for_bounds(context: RunContext)
     _, row, _, (gap,) = told(context, before, after, teacher)
     assert row[4] == "100% (no bounds)"
     assert re.search(r"does not lead in \d\d\.\d% of the resamples$", gap)
+
+
+def test_the_table_says_how_many_completions_could_not_be_judged(base: dict[str, Any]) -> None:
+    source = {"type": "reasoning_gym", "dataset": "prime_factorization", "size": 2, "seed": 3}
+    context = opened(verifying(base, rounds=2, verifier="reasoning_gym", source=source))
+    first, second = load_prompts(ReasoningGymSource.model_validate(source)).prompts
+    unsure: Completions = {
+        first.prompt_id: ["I am not sure."],
+        second.prompt_id: [f"{second.answer}"],
+    }
+    right: Completions = {prompt.prompt_id: [f"{prompt.answer}"] for prompt in (first, second)}
+    *_, (line,) = told(context, unsure, right, unsure)
+    assert line == (
+        "completions that could not be judged, counted as wrong: round 0: 1, teacher: 1"
+    )
+    kept = context.folder.find(AccuracyRound, 0)
+    assert kept is not None
+    said = {prompt.prompt_id: (prompt.scores, prompt.num_failed) for prompt in kept.prompts}
+    assert said == {first.prompt_id: ((0,), 1), second.prompt_id: ((1,), 0)}
+
+
+@pytest.mark.parametrize(
+    ("rounds", "divergences", "changes"),
+    [
+        ((0, 1), (0.5, 0.25), ["", "-50.0%"]),
+        ((0, 1), (0.0, 0.25), ["", ""]),
+        ((1, 2), (0.5, 0.25), ["", ""]),
+    ],
+)
+def test_a_change_is_from_round_0_where_that_is_there_and_differs_from_the_teacher(
+    rounds: Sequence[int], divergences: Sequence[float], changes: list[str]
+) -> None:
+    of = {"teachers": (), "contents": (), "overlap": 1, "entropy_gap": 2, "tokens": 9}
+    entropies = {"student_entropy": 1, "teacher_entropy": 1, "student": "s"}
+    rows = tuple(
+        EvaluationRound(round=i, reverse_kl=kl, **of, **entropies)
+        for i, kl in zip(rounds, divergences, strict=True)
+    )
+    _, table = evaluation_lines(Evaluation(divergence=rows, accuracy=None))
+    cells = [line.split() for line in table.splitlines()[-2:]]
+    assert [row[2] if len(row) == 6 else "" for row in cells] == changes
+
+
+def test_a_verifier_that_fails_ends_the_progress_all_the_same(base: dict[str, Any]) -> None:
+    said = Said()
+    config = verifying(base, teacher=False, verifier="tests.test_verified:fails")
+    context = open_run(RunConfig.model_validate(config), said, Worker())
+    answer(context, 0, commit(context.cache, "before", {"p1": ["1."]}))
+    with pytest.raises(ConfigError, match=r"row 0: evaluation\.verifier: the function failed"):
+        verified.run(context)
+    assert said.num_open == 0
 
 
 def test_a_teacher_s_scores_are_a_file_beside_its_completions(context: RunContext) -> None:

@@ -38,7 +38,7 @@ def judge_of(target: Target, named: str | None) -> Judge | None:
                 where=target.name,
                 remedy="take 'math', or a function as module:name",
             )
-        return partial(_scores, load_verifier(named, source))
+        return partial(_scores, load_verifier(named, source, "--verifier"))
     evaluation = None if config is None else config.evaluation
     if config is None or evaluation is None or evaluation.verifier is None:
         return None

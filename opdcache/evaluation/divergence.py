@@ -19,7 +19,7 @@ from ..identity import digest
 from ..resolve import model_arguments, model_folder
 from ..runfolder import RunContext
 from ..schemas.rounds import EvaluationRound, HeldOutRound
-from ..schemas.teachers import TransformersBackend, VllmBackend
+from ..schemas.teachers import HttpBackend, TransformersBackend, VllmBackend
 from ..score.rendering import Rendering
 from ..score.teacher import Sequences, by_length
 from ..score.transformers_scorer import TransformersScorer
@@ -58,8 +58,9 @@ def run(context: RunContext) -> list[EvaluationRound]:
 
 
 def refuse(context: RunContext) -> None:
-    """Refuse what cannot be compared, before anything is made for it: a run without evaluation, and
-    a teacher that vLLM's engine arguments change, of which transformers would make another one.
+    """Refuse what cannot be compared, before anything is made for it: a run without evaluation, a
+    served teacher, which gives no whole distributions, and one that vLLM's engine arguments change,
+    of which transformers would make another one.
 
     Raises:
         ConfigError: it is so.
@@ -69,11 +70,18 @@ def refuse(context: RunContext) -> None:
         raise ConfigError(
             "the run has no evaluation", where=context.folder.path, remedy="add 'evaluation' to it"
         )
-    for teacher in (config.teacher, *config.teachers.values()):
+    own = {config.place_of(task): teacher for task, teacher in config.teachers.items()}
+    for place, teacher in {"teacher": config.teacher, **own}.items():
+        if isinstance(teacher.backend, HttpBackend):
+            raise ConfigError(
+                f"{place}: evaluation compares whole distributions, which an http teacher does not "
+                "give",
+                remedy="take --no-divergence",
+            )
         changed = model_arguments(teacher) if isinstance(teacher.backend, VllmBackend) else {}
         if changed:
             raise ConfigError(
-                f"teacher.backend.engine: {min(changed)!r} may change the teacher, and evaluation "
+                f"{place}.backend.engine: {min(changed)!r} may change the teacher, and evaluation "
                 "compares with it as transformers loads it",
                 remedy="evaluate with a run file that has no such argument, or --no-divergence",
             )

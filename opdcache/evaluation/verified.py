@@ -7,6 +7,7 @@ and the completions are the same.
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from functools import partial
 from typing import Any
 
@@ -51,12 +52,13 @@ def run(context: RunContext) -> Accuracy | None:
             where=context.folder.path,
             remedy="run 'opdcache rollout RUN.yaml --round 0' first",
         )
-    # The students first: what is wrong with the verifier shows before a teacher samples.
-    every: dict[int | None, Sequence[PromptScores]] = {
-        rollouts.round: _of_round(context, verifier, rollouts).prompts for rollouts in sampled
-    }
-    if evaluation.teacher:
-        every[None] = _of_teacher(context, verifier).prompts
+    with closing(verifier):
+        # The students first: what is wrong with the verifier shows before a teacher samples.
+        every: dict[int | None, Sequence[PromptScores]] = {
+            rollouts.round: _of_round(context, verifier, rollouts).prompts for rollouts in sampled
+        }
+        if evaluation.teacher:
+            every[None] = _of_teacher(context, verifier).prompts
     return summary(verifier, evaluation.samples_per_prompt, every)
 
 
@@ -98,30 +100,40 @@ def _verified(
 ) -> dict[str, Any]:
     """What the two kinds of files share; a prompt's completions may stand in several shards."""
     context.progress.begin(f"{title} verification", len(shards), "shards")
-    scored = defaultdict[tuple[str, str], list[tuple[int, float, bool]]](list)
+    try:
+        prompts = _scored(context, verifier, shards, title)
+    finally:
+        context.progress.end()
+    contents = tuple(shard.content for shard in shards)
+    of = {"verifier": verifier.name, "version": verifier.version}
+    return {**of, "contents": contents, "prompts": prompts}
+
+
+def _scored(
+    context: RunContext, verifier: Verifier, shards: Sequence[RolloutShard], title: str
+) -> tuple[PromptScores, ...]:
+    scored = defaultdict[tuple[str, str], list[tuple[int, float, bool, bool]]](list)
     for shard in shards:
         with quarantining(context.cache):
             manifest = context.cache.need_rollouts(shard)
             rows = context.cache.read_rollouts(manifest, _COLUMNS).to_pylist()
         asked = ((row["text"], row.get("answer"), row["prompt_id"]) for row in rows)
-        scores = verifier.scores(asked, partial(_place, title, shard)).tolist()
-        for row, score in zip(rows, scores, strict=True):
-            one = row["sample_index"], score, quality.truncated(row["finish_reason"])
+        judged = verifier.judged(asked, partial(_place, title, shard))
+        said = zip(judged.scores_N.tolist(), judged.failed_N.tolist(), strict=True)
+        for row, (score, failed) in zip(rows, said, strict=True):
+            one = row["sample_index"], score, quality.truncated(row["finish_reason"]), failed
             scored[row["task"], row["prompt_id"]].append(one)
         context.progress.advance(1, shard.num_tokens)
-    context.progress.end()
-    prompts = tuple(
+    return tuple(
         PromptScores(
             prompt_id=prompt_id,
             task=task,
-            scores=tuple(score for _, score, _ in sorted(completions)),
-            num_truncated=sum(cut for _, _, cut in completions),
+            scores=tuple(score for _, score, _, _ in sorted(completions)),
+            num_truncated=sum(cut for _, _, cut, _ in completions),
+            num_failed=sum(failed for *_, failed in completions),
         )
         for (task, prompt_id), completions in sorted(scored.items())
     )
-    contents = tuple(shard.content for shard in shards)
-    of = {"verifier": verifier.name, "version": verifier.version}
-    return {**of, "contents": contents, "prompts": prompts}
 
 
 def _place(title: str, shard: RolloutShard, row: int) -> str:

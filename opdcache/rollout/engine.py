@@ -78,7 +78,7 @@ class Sampler:
         arguments: dict[str, JsonValue],
         place: str = "rollout.engine",
     ) -> None:
-        self.topk = topk
+        self.topk, self._place = topk, place
         own: dict[str, JsonValue] = {
             "model": str(folder),
             "dtype": dtype,
@@ -112,7 +112,7 @@ class Sampler:
                 "a prompt fills the engine's context",
                 expected=f"fewer than {room} tokens",
                 got=longest,
-                remedy="lower prompts.max_prompt_tokens or raise rollout.engine.max_model_len",
+                remedy=f"lower prompts.max_prompt_tokens or raise {self._place}.max_model_len",
             )
         self.engine.forget()
         limits = [min(sampling.max_tokens, room - len(d.prompt_token_ids)) for d in draws]

@@ -21,10 +21,13 @@ from ..schemas.rounds import TeacherHeldOut
 from ..schemas.teachers import TeacherConfig, VllmBackend
 from ..store.cache import as_listed
 from ..store.upkeep import quarantining
+from ..vllm_engine import RUNTIME_ARGUMENTS
 from .generator import generate
 from .tasks import EVALUATION_ROUND, Policy, RolloutTask, requests_of, tasks_of
 
 FILE = "held_out.json"
+_STUDENT_S = "rollout.engine"
+_OF_THE_MACHINE = RUNTIME_ARGUMENTS | {"max_model_len"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,9 +88,8 @@ def plan(context: RunContext) -> list[_Part]:
         teacher = config.teacher_of(task)
         theirs = load_tokenizer(model_folder(teacher))
         policy, place = _policy(context, task, theirs)
-        part = parts.setdefault(
-            digest([policy.fingerprint, policy.dtype, policy.engine]), _Part(policy, place)
-        )
+        of = policy.fingerprint, policy.eos_token_id, policy.dtype, policy.engine
+        part = parts.setdefault(digest([str(policy.folder), *of]), _Part(policy, place))
         read = _as_read(list(group), teacher, theirs)
         part.tasks.extend(tasks_of(context, policy, read, evaluation.sampling, EVALUATION_ROUND))
     return list(parts.values())
@@ -101,15 +103,17 @@ def _policy(context: RunContext, task: str, tokenizer: Tokenizer) -> tuple[Polic
     """A task's teacher in vLLM, and where in the run file its engine's arguments are.
 
     It computes in the teacher's dtype. The arguments are its own where vLLM scores with it, else
-    the student's, which say what fits the machine.
+    those of the student's that say what fits the machine: any other may make another model of it
+    than the one that scores.
     """
     config, teacher = context.config, context.config.teacher_of(task)
-    engine, place = config.rollout.engine, "rollout.engine"
+    own, place = config.place_of(task), _STUDENT_S
+    engine = {k: v for k, v in config.rollout.engine.items() if k in _OF_THE_MACHINE}
     if isinstance(teacher.backend, VllmBackend):
-        engine, place = teacher.backend.engine, "teacher.backend.engine"
+        engine, place = teacher.backend.engine, f"{own}.backend.engine"
     elif changed := model_arguments(teacher):
         raise ConfigError(
-            f"teacher.backend.arguments: {min(changed)!r} may change the teacher, and vLLM samples "
+            f"{own}.backend.arguments: {min(changed)!r} may change the teacher, and vLLM samples "
             "its answers without it",
             remedy="set evaluation.teacher to false, or take backend vllm",
         )
@@ -142,6 +146,9 @@ def _made(context: RunContext, part: _Part) -> dict[str, RolloutManifest]:
     """
     tasks = {task.key: task for task in part.tasks}
     title = f"teacher {part.policy.folder.name} held out"
+    left_out = sorted(context.config.rollout.engine.keys() - part.policy.engine)
+    if left_out and part.place == _STUDENT_S:
+        context.progress.say(f"{title}: without {_STUDENT_S}'s {', '.join(left_out)}")
     found, failed = generate(context, part.policy, tasks, title, part.place)
     # All are compared on the same held-out prompts: none of those may be left out.
     context.folder.failures.refuse(failed, 0, len(tasks), title)
