@@ -2,14 +2,21 @@
 
 import click
 
-from .common import cache_option, changed_limits, chosen_rounds, looking_options, verifier_option
+from .common import (
+    cache_option,
+    changed_limits,
+    chosen_rounds,
+    looking_options,
+    reference_option,
+    verifier_option,
+)
 
 
 @click.command("audit")
 @click.argument("named", metavar="RUN.yaml|KEY...", nargs=-1, required=True)
 @cache_option
 @chosen_rounds
-@click.option("--reference", metavar="NAME", help="a reference's scores in the teacher's place")
+@reference_option
 @verifier_option
 @looking_options
 @click.option("--json", "as_json", is_flag=True, help="one JSON object: schemas/audit.json")

@@ -58,6 +58,27 @@ def chosen_rounds(function: Command) -> Command:
     return option(function)
 
 
+def reference_option(function: Command) -> Command:
+    """--reference NAME."""
+    option = click.option(
+        "--reference", metavar="NAME", help="a reference's scores in the teacher's place"
+    )
+    return option(function)
+
+
+def k_option(function: Command) -> Command:
+    """-k K."""
+    option = click.option(
+        "-k",
+        "k",
+        type=click.IntRange(min=1),
+        default=16,
+        show_default=True,
+        help="likeliest entries of each model that are compared",
+    )
+    return option(function)
+
+
 def looking_options(function: Command) -> Command:
     """-k, --chunk and --limit."""
     for option in (
@@ -77,14 +98,7 @@ def looking_options(function: Command) -> Command:
             metavar="TOKENS",
             help="length of the position chunks",
         ),
-        click.option(
-            "-k",
-            "k",
-            type=click.IntRange(min=1),
-            default=16,
-            show_default=True,
-            help="entries that the overlap is taken of",
-        ),
+        k_option,
     ):
         function = option(function)
     return function

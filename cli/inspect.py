@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
-from .common import cache_option, chosen_rounds
+from .common import cache_option, chosen_rounds, k_option, reference_option
 
 if TYPE_CHECKING:
     from ..audit.lookup import Place
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 @click.argument("of", metavar="RUN.yaml|KEY")
 @cache_option
 @chosen_rounds
-@click.option("--reference", metavar="NAME", help="a reference's scores in the teacher's place")
+@reference_option
 @click.option("--row", metavar="ROW", help="show this one: SHARD:ROW, or N, counted from 0")
 @click.option("--prompt", metavar="ID", help="the completions of a prompt; shown when it is one")
 @click.option(
@@ -42,14 +42,7 @@ if TYPE_CHECKING:
     metavar="T",
     help="with --row: what both models said at this token, counted from 0",
 )
-@click.option(
-    "-k",
-    "k",
-    type=click.IntRange(min=1),
-    default=16,
-    show_default=True,
-    help="entries of each model that are compared",
-)
+@k_option
 @click.option(
     "--tokenizer",
     type=click.Path(path_type=Path),

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from .common import chosen_rounds, run_file, verifier_option
+from .common import chosen_rounds, k_option, run_file, verifier_option
 
 
 @click.command("report")
@@ -18,14 +18,7 @@ from .common import chosen_rounds, run_file, verifier_option
     help="the file to write",
 )
 @chosen_rounds
-@click.option(
-    "-k",
-    "k",
-    type=click.IntRange(min=1),
-    default=16,
-    show_default=True,
-    help="entries that the overlap is taken of",
-)
+@k_option
 @click.option(
     "--rows",
     "num_worst",

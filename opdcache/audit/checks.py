@@ -203,7 +203,7 @@ class Alignment:
                 if shift.entries != a:
                     continue
                 theirs, both = _moved(sampled, rows, a - shift.sampled)
-                both = both & found_TK.any(axis=1)
+                both = both & found_TK.any(axis=1) & ~np.isnan(theirs)
                 near = np.abs(theirs - value) <= slack
                 self._there[shift] += int(both.sum())
                 self._agree[shift] += int((both & near).sum())
