@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import NotInstalled, PromptError
-from .schemas.config import HuggingFaceSource, JsonlSource, ParquetSource, RowSource
+from .schemas.prompts import HuggingFaceSource, JsonlSource, ParquetSource, RowSource
 
 _TEXTS = frozenset({"prompt", "messages"})
 _LABELS = ("id", "task", "answer")

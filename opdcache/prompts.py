@@ -13,7 +13,7 @@ from typing import Any, Literal, Protocol
 from .errors import PromptError
 from .identity import digest
 from .prompt_rows import rows
-from .schemas.config import HuggingFaceSource, PromptsConfig, PromptSource, ReasoningGymSource
+from .schemas.prompts import HuggingFaceSource, PromptsConfig, PromptSource, ReasoningGymSource
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,15 +12,15 @@ from pydantic import BaseModel, ValidationError
 from .deepspeed_config import deepspeed_config
 from .errors import ConfigError
 from .schemas.base import Model
-from .schemas.config import (
+from .schemas.config import RunConfig
+from .schemas.plan import Rates
+from .schemas.prompts import (
     HuggingFaceSource,
     JsonlSource,
     ParquetSource,
     PromptSource,
     ReasoningGymSource,
-    RunConfig,
 )
-from .schemas.plan import Rates
 from .schemas.teachers import STUDENT, HttpBackend, TeacherConfig
 from .schemas.training import TrainConfig
 

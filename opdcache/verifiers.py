@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 from .errors import ConfigError, NotInstalled, PromptError
 from .judging import Judge, Score
 from .prompts import gym_dataset, gym_prompt
-from .schemas.config import PromptSource, ReasoningGymSource, RunConfig
+from .schemas.config import RunConfig
+from .schemas.prompts import PromptSource, ReasoningGymSource
 from .user_code import find_function, finite
 
 PLACE = "evaluation.verifier"

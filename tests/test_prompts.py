@@ -27,7 +27,7 @@ from opdcache.prompts import (
     requests,
     scheduled,
 )
-from opdcache.schemas.config import (
+from opdcache.schemas.prompts import (
     HuggingFaceSource,
     JsonlSource,
     ParquetSource,

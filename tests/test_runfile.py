@@ -10,12 +10,7 @@ import yaml
 
 from opdcache.errors import ConfigError
 from opdcache.runfile import load_run
-from opdcache.schemas.config import (
-    HuggingFaceSource,
-    JsonlSource,
-    ReasoningGymSource,
-    RunConfig,
-)
+from opdcache.schemas.config import RunConfig
 from opdcache.schemas.losses import (
     CELLS,
     Direction,
@@ -25,6 +20,7 @@ from opdcache.schemas.losses import (
     cell,
     refusal,
 )
+from opdcache.schemas.prompts import HuggingFaceSource, JsonlSource, ReasoningGymSource
 from opdcache.schemas.teachers import STUDENT, HttpBackend, TeacherConfig, TransformersBackend
 
 MINIMAL: dict[str, Any] = {

@@ -25,9 +25,10 @@ from opdcache.rollout.stage import run as rollout
 from opdcache.rollout.tasks import Policy, RolloutTask
 from opdcache.rounds import status
 from opdcache.runfolder import RunContext, open_run
-from opdcache.schemas.config import ReasoningGymSource, RunConfig
+from opdcache.schemas.config import RunConfig
 from opdcache.schemas.evaluation import Evaluation
 from opdcache.schemas.manifests import RolloutManifest, Sampling
+from opdcache.schemas.prompts import ReasoningGymSource
 from opdcache.schemas.rounds import (
     AccuracyRound,
     EvaluationRound,

@@ -21,7 +21,7 @@ import reasoning_gym
 from opdcache.errors import ConfigError, EngineError, NotInstalled, PromptError
 from opdcache.judging import Judge, Score
 from opdcache.prompts import load_prompts
-from opdcache.schemas.config import JsonlSource, ReasoningGymSource
+from opdcache.schemas.prompts import JsonlSource, ReasoningGymSource
 from opdcache.verifiers import Verifier, gym_scorer, load_verifier, math_scorer, said_answer
 
 GYM = "reasoning_gym"

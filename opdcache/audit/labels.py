@@ -8,7 +8,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from ..errors import OpdcacheError, UsageError
-from ..schemas.config import ReasoningGymSource
+from ..schemas.prompts import ReasoningGymSource
 from ..verifiers import REASONING_GYM, Verifier, load_verifier
 from .tally import Judge
 from .targets import Target

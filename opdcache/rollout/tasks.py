@@ -14,8 +14,8 @@ from ..errors import PromptError
 from ..identity import derived_seed, digest, key_of
 from ..prompts import PromptSet, Request, Tokenizer, render, requests
 from ..runfolder import RunContext
-from ..schemas.config import PromptsConfig
 from ..schemas.manifests import RolloutIdentity, Sampling
+from ..schemas.prompts import PromptsConfig
 from ..vllm_engine import RUNTIME_ARGUMENTS
 
 EVALUATION_ROUND = -1
