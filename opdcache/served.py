@@ -6,7 +6,7 @@ and may lack what its sampling would have recorded (docs/design.md, Losses).
 
 from .errors import LossError
 from .runfolder import RunContext
-from .schemas.losses import cell
+from .schemas.losses import cell, imitates
 from .schemas.rounds import RolloutRound
 
 _SERVED = "take support 'teacher_topk', 'overlap' or 'draws', which any rollouts serve"
@@ -45,7 +45,8 @@ def refuse_unserved(context: RunContext, rollouts: RolloutRound) -> None:
             remedy="set train.loss.importance_cap",
             **another,
         )
-    ratio = support if loss.support == "sampled" else "train.end_round.ess" if ends.ess else None
+    gradient = loss.support == "sampled" and not imitates(loss)
+    ratio = support if gradient else "train.end_round.ess" if ends.ess else None
     if loss.importance_cap is not None and ratio is None:
         ratio = "importance_cap"
     if not recorded and not ratio:
@@ -61,7 +62,7 @@ def refuse_unserved(context: RunContext, rollouts: RolloutRound) -> None:
                 f"{ratio} needs sampling_logprobs: without them nothing can say how far the "
                 "student is from the policy that sampled",
                 where,
-                _SERVED if loss.support == "sampled" else "leave it out",
+                _SERVED if gradient else "leave it out",
             )
 
 

@@ -10,6 +10,7 @@ from .columns import Compression, ScoreColumn
 from .launch import LaunchConfig
 from .losses import (
     cell,
+    imitates,
     is_divergence,
     reference_columns,
     refusal,
@@ -54,7 +55,8 @@ class ScoreConfig(Model):
     columns: tuple[ScoreColumn, ...] | None = Field(
         None,
         description="stored columns; by default all that the teacher's backend gives and the "
-        "rollouts allow, draws when score.draws says how many",
+        "rollouts allow, draws when score.draws says how many; none: []: nothing is scored, for a "
+        "loss that looks at no score",
     )
     step: float = Field(
         1 / 256,
@@ -257,6 +259,11 @@ class RunConfig(Model):
         reason = refusal(loss)
         if reason:
             raise ValueError(f"train.loss: {reason}")
+        if imitates(loss) and self.rollouts is None:
+            raise ValueError(
+                "train.loss: cross-entropy on the sampled token imitates whoever sampled, here the "
+                "student itself; take completions of another model with 'rollouts: {from: …}'"
+            )
         needs, tokens = cell(loss), self.train.tokens
         chosen: set[ScoreColumn] = (
             {"entropy"} if tokens.fraction < 1 and tokens.by == "entropy" else set()

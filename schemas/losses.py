@@ -36,7 +36,8 @@ class LossConfig(Model):
 
     support: Support = Field(
         "teacher_topk",
-        description="ids that the loss looks at: the sampled token; the teacher's stored top-k; "
+        description="ids that the loss looks at: the sampled token (forward: cross-entropy on "
+        "completions that something better sampled); the teacher's stored top-k; "
         "the top-k that the student recorded at rollout; the overlap of the teacher's top-k with "
         "the live student's; the union of the teacher's and the recorded top-k, or the ids in one "
         "of them alone; or the teacher's draws",
@@ -240,14 +241,27 @@ CELLS: dict[tuple[Support, Direction, Normalisation], LossCell] = {
     (support, direction, normalisation): LossCell(*_COLUMNS[support], formula, source)
     for (direction, normalisation), (supports, formula, source) in _FORMS.items()
     for support in supports
+} | {
+    ("sampled", "forward", "none"): LossCell(
+        frozenset(),
+        needs_recorded_topk=False,
+        formula="-log p(y)",
+        source="supervised fine-tuning: of completions that the teacher sampled, one draw of "
+        "forward KL",
+    )
 }
 
 
 def _extrapolates(loss: LossConfig) -> bool:
     """Whether a reference's log-probs of the loss's ids can be stored."""
-    return loss.support == "sampled" or (
+    return _is_sampled_gradient(loss) or (
         loss.support == "student_topk" and loss.normalisation == "reference"
     )
+
+
+def _is_sampled_gradient(loss: LossConfig) -> bool:
+    """Whether the loss is the policy gradient of the sampled token."""
+    return loss.support == "sampled" and not imitates(loss)
 
 
 _OPTIONS: dict[str, tuple[Callable[[LossConfig], bool], str]] = {
@@ -273,13 +287,13 @@ _OPTIONS: dict[str, tuple[Callable[[LossConfig], bool], str]] = {
         "reverse KL with normalisation 'tail' or 'renormalised'",
     ),
     "clamp": (
-        lambda loss: loss.normalisation == "reference" or loss.support == "sampled",
+        lambda loss: loss.normalisation == "reference" or _is_sampled_gradient(loss),
         "policy gradients: support 'sampled', or normalisation 'reference'",
     ),
     "importance_cap": (
-        lambda loss: loss.support == "sampled" or bool(loss.outcome_weight),
-        "support 'sampled' or an 'outcome': every other loss sums over ids, and draws none from "
-        "the old policy",
+        lambda loss: weighs_samples(loss),
+        "reverse KL on support 'sampled', or an 'outcome': no other loss is an estimate from what "
+        "the old policy drew",
     ),
     "outcome_weight": (lambda loss: loss.outcome is not None, "a loss with an 'outcome'"),
     "outcome": (lambda loss: bool(loss.outcome_weight), "outcome_weight: it has none"),
@@ -291,8 +305,6 @@ def refusal(loss: LossConfig) -> str | None:
     """Why this combination is refused, as a sentence; None when it is allowed."""
     if (loss.support in ("sampled", "draws")) != (loss.normalisation == "none"):
         return "supports 'sampled' and 'draws' go with normalisation 'none', and only with it"
-    if loss.support == "sampled" and loss.direction != "reverse":
-        return "the sampled token comes from the student: it estimates reverse KL only"
     if loss.support == "draws" and loss.direction != "forward":
         return "draws come from the teacher: they estimate forward KL only"
     if loss.support == "symmetric_difference" and loss.normalisation != "reference":
@@ -336,7 +348,13 @@ def is_local(loss: LossConfig) -> bool:
 def weighs_samples(loss: LossConfig) -> bool:
     """Whether the loss is a policy gradient of the tokens that were sampled, which is that of the
     policy that sampled them."""
-    return loss.support == "sampled" or bool(loss.outcome_weight)
+    return _is_sampled_gradient(loss) or bool(loss.outcome_weight)
+
+
+def imitates(loss: LossConfig) -> bool:
+    """Whether the loss is cross-entropy on the completions, which whoever is to be imitated
+    sampled: on the student's own its gradient has no direction."""
+    return loss.support == "sampled" and loss.direction == "forward"
 
 
 def reference_columns(loss: LossConfig) -> frozenset[ScoreColumn]:

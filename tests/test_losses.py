@@ -50,6 +50,9 @@ TAIL_KEYS = [key for key in CELL_KEYS if key[2] == "tail"]
 ALL_SUPPORTS = ("teacher_topk", "student_topk", "overlap", "union")
 CAP = 0.3
 OUTCOME = {"outcome": "rewards:right", "outcome_weight": 0.8}
+SAMPLED = ("sampled", "reverse")
+"""The policy gradient of the sampled token; forward is cross-entropy on it."""
+
 OPTIONS: list[tuple[Callable[[tuple[str, str, str]], bool], dict[str, Any]]] = [
     (lambda key: key[1] == "jsd", {"beta": 0.0}),
     (lambda key: key[1] == "jsd", {"beta": 0.1}),
@@ -59,9 +62,9 @@ OPTIONS: list[tuple[Callable[[tuple[str, str, str]], bool], dict[str, Any]]] = [
     (lambda key: key[1:] == ("reverse", "truncated"), {"stop_gradient": True}),
     (lambda key: key[1:] == ("reverse", "tail"), {"forward_above": 1.8}),
     (lambda key: key[1:] == ("reverse", "renormalised"), {"forward_above": 1.8}),
-    (lambda key: key[0] == "sampled", {"clamp": 0.3}),
-    (lambda key: key[0] == "sampled", {"importance_cap": CAP}),
-    (lambda key: key[0] == "sampled", {"reference": "base", "extrapolation": 1.7, "clamp": 2.0}),
+    (lambda key: key[:2] == SAMPLED, {"clamp": 0.3}),
+    (lambda key: key[:2] == SAMPLED, {"importance_cap": CAP}),
+    (lambda key: key[:2] == SAMPLED, {"reference": "base", "extrapolation": 1.7, "clamp": 2.0}),
     (
         lambda key: key[0] == "student_topk" and key[2] == "reference",
         {"reference": "base", "extrapolation": 0.6, "weighting": "teacher"},
@@ -344,6 +347,8 @@ def oracle_of(loss: LossConfig, batch: MicroBatch) -> Callable[[int, Tensor, Ten
 
     def of_teacher(t: int, log_p: Tensor, log_q: Tensor) -> Tensor:
         ids = support(t, log_p.detach(), log_q)
+        if (loss.support, loss.direction) == ("sampled", "forward"):
+            return -log_p[int(batch.sampled_T[t])]
         if loss.support == "sampled" or loss.normalisation == "reference":
             assert batch.sampling_T is not None
             sampling, base = float(batch.sampling_T[t]), reference_of(loss, batch, t)
@@ -537,7 +542,7 @@ def test_a_teacher_that_is_the_student_gives_no_loss_and_no_gradient(
     [
         loss
         for loss in LOSSES
-        if (loss.support == "sampled" or loss.normalisation == "reference")
+        if ((loss.support, loss.direction) == SAMPLED or loss.normalisation == "reference")
         and loss.reference is None
         and loss.outcome is None
     ],

@@ -44,6 +44,7 @@ ON_A_SUPPORT = {
 ON_TOPK = itertools.product(("teacher_topk", "student_topk", "overlap", "union"), ON_A_SUPPORT)
 ALLOWED = {
     ("sampled", "reverse", "none"),
+    ("sampled", "forward", "none"),
     ("draws", "forward", "none"),
     ("symmetric_difference", "reverse", "reference"),
     *((support, *form) for support, form in ON_TOPK),
@@ -407,6 +408,8 @@ def test_every_combination_of_the_registry_is_accepted(
     loss = dict(zip(("support", "direction", "normalisation"), form, strict=True))
 
     changes = {"train.loss": loss, "score.draws": 12 if form[0] == "draws" else 0}
+    if form[:2] == ("sampled", "forward"):
+        changes["rollouts.from"] = "other"
 
     assert load(tmp_path, changes).train.loss.support == form[0]
 
@@ -429,6 +432,16 @@ def test_a_url_that_cannot_be_one_is_refused(tmp_path: Path, url: str) -> None:
     said = fault(run_file(tmp_path, {"teacher.backend": backend, "teacher.revision": "1"}))
 
     assert "teacher.backend.url: it " in said
+
+
+def test_the_student_s_own_completions_are_not_imitated(tmp_path: Path) -> None:
+    loss = {"support": "sampled", "direction": "forward", "normalisation": "none"}
+
+    said = fault(run_file(tmp_path, {"train.loss": loss, "score.columns": []}))
+
+    assert "take completions of another model with 'rollouts: {from: …}'" in said
+    changes = {"train.loss": loss, "score.columns": [], "rollouts.from": "other"}
+    assert load(tmp_path, changes).score.columns == ()
 
 
 def test_a_loss_on_draws_without_draws_is_told_where_to_ask_for_them(tmp_path: Path) -> None:

@@ -22,13 +22,14 @@ from opdcache.rollout.stage import run as rollout
 from opdcache.runfile import load_run
 from opdcache.runfolder import RunContext, RunFolder, open_run
 from opdcache.schemas.config import RunConfig
-from opdcache.schemas.rounds import HeldOutRound, RolloutRound, TrainRound
+from opdcache.schemas.rounds import HeldOutRound, RolloutRound, ScoreRound, TrainRound
 from opdcache.score.stage import run as score
 from opdcache.score.stage import run_student
 from opdcache.served import refuse_unserved
 from opdcache.stage import Silent, Worker
 from opdcache.store.cache import Cache, as_listed, rollout_commit
 from opdcache.store.upkeep import pinned
+from opdcache.train.samples import RoundSamples
 
 from . import handmade, shards
 
@@ -95,6 +96,24 @@ def test_what_was_taken_is_scored_whole_and_without_ids_that_nobody_recorded(
     (listed,) = context.folder.need(RolloutRound, 0).shards
     scores = context.cache.open_score_set(listed.content, context.resolved.teacher, shard.served)
     assert scores.read().token_offsets.tolist() == [0, 3, 4]
+
+
+def test_what_is_only_imitated_is_not_scored(
+    base: dict[str, Any], tmp_path: Path, tiny_student: Path, one_thread: None
+) -> None:
+    bare = [{k: v for k, v in row.items() if k != "sampling_logprobs"} for row in ROWS]
+    imported(tmp_path, tiny_student, bare)
+    loss = {"support": "sampled", "direction": "forward", "normalisation": "none"}
+    context = opened(base | {"score": {"columns": []}, "train": {"loss": loss}})
+    rollout(context, 0)
+    (shard,) = score(context, 0).shards
+    assert shard.served == ()
+    assert not list(context.cache.objects.list("commits/scores"))
+    pinned_files = (context.folder.need(kind, 0) for kind in (RolloutRound, ScoreRound))
+    samples = RoundSamples(context.cache, *pinned_files, 16)  # type: ignore[arg-type]
+    micro = samples.collate([0, 1])
+    assert micro.sampled_T.tolist() == [104, 256, 9]
+    assert micro.teacher_sampled_T is micro.topk_ids_TK is None
 
 
 def test_later_rounds_are_the_other_runs_later_rounds(base: dict[str, Any], tmp_path: Path) -> None:
@@ -304,9 +323,7 @@ def test_without_sampling_log_probs_there_is_no_effective_sample_size_and_no_oth
     base: dict[str, Any], tmp_path: Path, tiny_student: Path, one_thread: None
 ) -> None:
     from opdcache.heads import support_view
-    from opdcache.schemas.rounds import ScoreRound
     from opdcache.train.live import ids_to_gather, live, means, metric_values, within_support
-    from opdcache.train.samples import RoundSamples
 
     def averaged(rows: list[dict[str, Any]], name: str) -> dict[str, float]:
         (tmp_path / name).mkdir()

@@ -16,7 +16,7 @@ from .dealing import cut, deal
 from .microbatch import LAYOUTS, Fed, MicroBatch
 from .samples import RoundSamples
 
-IMITATION = LossConfig(support="draws", direction="forward", normalisation="none")
+IMITATION = LossConfig(support="sampled", direction="forward", normalisation="none")
 """Cross-entropy: an answer's token is a single draw."""
 
 
@@ -51,7 +51,7 @@ class Answers:
         return cut([[i] for i in answers], self._length, max_tokens, self._layout)
 
     def collate(self, answers: Sequence[int]) -> MicroBatch:
-        """Tensors of the answers, each token of which is drawn once."""
+        """Tensors of the answers."""
         pairs = [self._sequences[i] for i in answers]
         laid = LAYOUTS[self._layout]([Fed(prompt, ids[:-1]) for prompt, ids in pairs])
         places = [np.arange(len(ids)) for _, ids in pairs]
@@ -70,8 +70,6 @@ class Answers:
             places_T=torch.from_numpy(np.concatenate(places)),
             weights_T=torch.ones(len(ids_T)),
             sampled_T=ids_T,
-            draw_ids_TN=ids_T[:, None],
-            draw_counts_TN=torch.ones_like(ids_T)[:, None],
         )
 
     def _length(self, row: Sequence[int]) -> int:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..heads import StudentView
-from ..schemas.losses import LossConfig, TokensConfig, cell
+from ..schemas.losses import LossConfig, TokensConfig, cell, imitates
 from .losses import OnSupport, reverse_kl, with_tail
 from .microbatch import MicroBatch
 from .weights import largest
@@ -110,10 +110,12 @@ def _sides(loss: LossConfig, batch: MicroBatch, student: Live) -> tuple[Tensor, 
     """The first five fields of ``OnSupport``."""
     tail_T = student.view.tail_T
     if loss.support == "sampled":
-        assert batch.teacher_sampled_T is not None
+        teacher_T = batch.teacher_sampled_T
+        if imitates(loss):
+            teacher_T = torch.zeros_like(student.sampled_T)  # what was sampled was drawn once
+        assert teacher_T is not None
         alone = torch.ones_like(batch.sampled_T, dtype=torch.bool)[:, None]
-        teacher_T1 = batch.teacher_sampled_T[:, None]
-        return student.sampled_T[:, None], teacher_T1, alone, tail_T, tail_T
+        return student.sampled_T[:, None], teacher_T[:, None], alone, tail_T, tail_T
     if loss.support == "draws":
         assert student.drawn_TN is not None
         assert batch.draw_counts_TN is not None

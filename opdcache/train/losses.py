@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..schemas.losses import LossConfig, Weighting
+from ..schemas.losses import LossConfig, Weighting, imitates
 
 LEAST_TAIL = -80.0
 """Floor of a tail's log-mass: ``-inf`` on both sides then gives 0, and no NaN."""
@@ -85,6 +85,8 @@ def token_losses(loss: LossConfig, on: OnSupport) -> Tensor:
 
 def _teachers_losses(loss: LossConfig, on: OnSupport) -> Tensor:
     match loss.normalisation:
+        case "none" if imitates(loss):
+            return -on.student_TK[:, 0]
         case "none" if loss.support == "sampled":
             cap, factor = loss.importance_cap, loss.extrapolation
             return sampled_policy_gradient(on, loss.clamp, cap, factor)

@@ -346,7 +346,14 @@ class RoundSamples:
             min((identity.student_topk for identity in identities), default=0),
         )
 
-    def _read_scores(self, scored: ScoredShard, columns: frozenset[ScoreColumn]) -> Scores:
+    def _read_scores(
+        self,
+        scored: ScoredShard,
+        columns: frozenset[ScoreColumn],
+        completions: Sequence[NDArray[np.int32]],
+    ) -> Scores:
+        if not columns:
+            return Scores(np.cumsum([0, *map(len, completions)]))
         wanted = [(sets, [c for c in sets.columns if c in columns]) for sets in scored.served]
         served = [sets.model_copy(update={"columns": tuple(c)}) for sets, c in wanted if c]
         return self._cache.open_score_set(scored.content, scored.teacher, served).read()
@@ -355,9 +362,10 @@ class RoundSamples:
         listed, scored = self._rollouts[index], self._scores.shards[index]
         table = self._cache.read_rollouts(self._cache.need_rollouts(listed))
         has_sampling, num_recorded = self._recorded
+        completions = shards.token_lists(table, "completion_token_ids")
         return Shard(
             prompts=shards.token_lists(table, "prompt_token_ids"),
-            completions=shards.token_lists(table, "completion_token_ids"),
+            completions=completions,
             sampling_logprobs=(
                 shards.flat_tokens(table, "sampling_logprobs", np.float32) if has_sampling else None
             ),
@@ -365,9 +373,9 @@ class RoundSamples:
                 shards.flat_tokens(table, "student_topk_ids", np.int64) if num_recorded else None
             ),
             supervised=shards.supervised_tokens(table),
-            scores=self._read_scores(scored, self._columns),
+            scores=self._read_scores(scored, self._columns, completions),
             reference=(
-                self._read_scores(self._by_reference[index], self._reference_columns)
+                self._read_scores(self._by_reference[index], self._reference_columns, completions)
                 if self._by_reference
                 else None
             ),
