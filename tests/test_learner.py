@@ -36,6 +36,7 @@ LENGTHS = (7, 12, 0, 3, 1, 9, 2, 5, 10)
 PROMPTS = (5, 1, 3)
 """Tokens of the prompts, which the completions have in turn."""
 ANSWERS = ("12", "343", "5")
+IMITATED = {"support": "sampled", "direction": "forward", "normalisation": "none"}
 MIXED = {"sft_weight": 0.3, "outcome": "learner_process:right", "outcome_weight": 0.7}
 BATCH, EPOCHS, ROUNDS = 4, 1, 2
 LR, BETAS, EPS, DECAY, CLIP = 3e-3, (0.8, 0.9), 1e-3, 0.05, 0.5
@@ -153,7 +154,7 @@ def carry_out(
     jobs: Sequence[dict[str, Any]],
     *,
     ranks: int = 1,
-    limit_s: float = 300,
+    limit_s: float = 780,
     on_cpu: bool = True,
 ) -> None:
     """Run jobs in one process, or in one a rank under torchrun."""
@@ -258,6 +259,7 @@ def plain_loop(
     count: Callable[[int], int] = lambda num_tokens: num_tokens,
     limit: Callable[[int], int | None] = lambda update: None,
     mixed: bool = False,
+    of_tokens: Callable[..., Iterator[Tensor]] | None = None,
 ) -> Plain:
     """Train with dense logits, a sequence at a time; the optimizer goes on across rounds.
 
@@ -265,6 +267,7 @@ def plain_loop(
         count: what a completion of so many tokens adds to the denominator.
         limit: how many tokens of a completion an update of the run looks at.
         mixed: add what MIXED says.
+        of_tokens: the loss of every token; the teacher's by default.
     """
     model = load(student)
     parameters = list(model.parameters())
@@ -280,7 +283,7 @@ def plain_loop(
             terms = []
             for sample in batch:
                 pull = 0.7 * advantage(sample) if mixed else 0.0
-                losses = list(token_losses(model, sample, pull))[:most]
+                losses = list((of_tokens or token_losses)(model, sample, pull))[:most]
                 weights_ = weigh([float(loss.detach()) for loss in losses])
                 terms += [w * loss for w, loss in zip(weights_, losses, strict=True)]
             loss = sum(terms[1:], terms[0]) / whole
@@ -335,6 +338,16 @@ def token_losses(model: torch.nn.Module, sample: Sample, pull: float = 0.0) -> I
             torch.tensor(sample.tail_T[t]),
         )
         yield kl - pull * here[completion[t]]
+
+
+def cross_entropies(model: torch.nn.Module, sample: Sample, _: float) -> Iterator[Tensor]:
+    """The negative log-prob of every token."""
+    prompt, completion = list(sample.row.prompt), list(sample.row.completion)
+    if completion:
+        logits = model(input_ids=torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 :]
+        yield from torch.nn.functional.cross_entropy(
+            logits[:-1], torch.tensor(completion), reduction="none"
+        )
 
 
 @dataclass(frozen=True)
@@ -454,6 +467,9 @@ def trained(
         configs[name] = run_config(
             name, base, students["tied"], more_loss=MIXED, micro_batch_tokens=TIGHT, **layout
         )
+    configs["imitated"] = run_config(
+        "imitated", base, students["tied"], more_loss=IMITATED, micro_batch_tokens=TIGHT
+    ) | {"rollouts": {"from": "elsewhere"}, "score": {"columns": []}}
     configs["widened"] = run_config("widened", base, students["tied"], tokens=WIDENED)
     configs[DOUBLE_SHARED] = run_config(
         DOUBLE_SHARED, base, students["tied"], share_prompts=True, micro_batch_tokens=TIGHT
@@ -461,7 +477,8 @@ def trained(
     configs[ONE_STOPPED] = run_config(ONE_STOPPED, base, students["tied"], zero_stage=1)
     write_rounds(str(base / "cache"), [base / name for name in configs])
     whole = [job(configs[name]) for name in (*SINGLE, *BF16, "small-lr", "chosen")]
-    whole += [job(configs[name]) for name in (*OFFLOADED, *BF16_OFFLOADED, "widened", "mixed")]
+    more = ("widened", "mixed", "imitated")
+    whole += [job(configs[name]) for name in (*OFFLOADED, *BF16_OFFLOADED, *more)]
     carry_out(base, "first", [*whole, *(job(configs[name], stop_after=2) for name in STOPPED)])
     goes_on = [job(configs[name], 1) for name in SINGLE if name.endswith("tight")]
     goes_on += [job(configs["widened"], 1, stop_after=1), job(configs["widened"], 1)]
@@ -493,6 +510,7 @@ def trained(
     )
     plain["mixed"] = plain_loop(students["tied"], orders["padded"], mixed=True)
     plain["double-mixed"] = plain_loop(students["tied"], orders["shared"], mixed=True)
+    plain["imitated"] = plain_loop(students["tied"], orders["padded"], of_tokens=cross_entropies)
     return Trained(base, plain, students["tied"])
 
 
@@ -543,6 +561,13 @@ def test_answers_are_imitated_and_outcomes_rewarded_beside_the_teachers_loss(
     assert [row["objective"] for row in logged] == pytest.approx(trained.plain[name].losses[:3])
     assert all(row["sft_loss"] > 0 for row in logged)
     assert len({row["reward"] for row in logged}) > 1
+
+
+def test_completions_of_another_model_are_imitated_without_a_score(trained: Trained) -> None:
+    assert_same_weights(trained.weights("imitated"), trained.plain["imitated"], 0)
+    logged = trained.metrics("imitated")
+    assert [row["loss"] for row in logged] == pytest.approx(trained.plain["imitated"].losses[:3])
+    assert not {"reverse_kl_tail", "overlap", "reverse_kl_sampled"} & set(logged[0])
 
 
 @pytest.mark.parametrize("round_index", [0, 1])
