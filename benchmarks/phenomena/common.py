@@ -1,0 +1,279 @@
+"""What the experiments share: a task, models tuned on it, runs of the engine, and what is read of
+them.
+
+The task is chain_sum of reasoning-gym with three terms of one digit, as raw text: its completions
+are four tokens, so that a round takes a minute on two cores. The models are tuned by the engine
+itself: cross-entropy on completions, of an import or of another run.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from argparse import ArgumentParser, Namespace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from opdcache.accuracy import Answered, accuracies
+from opdcache.prompts import load_prompts, render
+from opdcache.resolve import load_tokenizer
+from opdcache.runfolder import RunFolder
+from opdcache.schemas.evaluation import ModelAccuracy
+from opdcache.schemas.prompts import PromptsConfig, ReasoningGymSource
+from opdcache.schemas.rounds import (
+    AccuracyRound,
+    PromptScores,
+    RolloutRound,
+    ScoreRound,
+    TeacherAccuracy,
+    TrainRound,
+)
+
+ROOT = Path(__file__).parents[2]
+TERMS = {"min_terms": 3, "max_terms": 3, "min_digits": 1, "max_digits": 1}
+EVALUATION_SEED = 1000
+
+
+def source(size: int, seed: int) -> dict[str, Any]:
+    """Prompts of the task."""
+    name = {"type": "reasoning_gym", "dataset": "chain_sum"}
+    return {**name, "size": 2 * size, "seed": seed, "config": TERMS}  # many are copies
+
+
+def right(text: str, answer: str | None) -> float:
+    """1 where the first whole number of a completion is the answer."""
+    found = re.search(r"-?\d+", text)
+    return float(found is not None and found[0] == answer)
+
+
+def arguments(what: str | None) -> ArgumentParser:
+    """The arguments that every experiment has."""
+    parser = ArgumentParser(description=(what or "").splitlines()[0])
+    parser.add_argument("--model", type=Path, required=True, help="SmolLM2-135M-Instruct's folder")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the runs and results")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--prompts", type=int, default=64, help="a round")
+    parser.add_argument("--samples", type=int, default=4, help="completions a prompt")
+    parser.add_argument("--evaluated", type=int, default=200, help="held-out prompts")
+    parser.add_argument("--tuning", type=int, default=2560, help="prompts that models are tuned on")
+    parser.add_argument("--lr", type=float, default=5e-5)
+    return parser
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A folder of runs that share a cache, and what they have in common."""
+
+    asked: Namespace
+
+    @property
+    def out(self) -> Path:
+        """Folder of the runs."""
+        return Path(self.asked.out).resolve()
+
+    @property
+    def model(self) -> Path:
+        """The model that nothing was done to."""
+        return Path(self.asked.model).resolve()
+
+    def config(self, student: Path, teacher: Path, seed: int = 0, **parts: Any) -> dict[str, Any]:
+        """A run file's content; ``parts`` are put over its parts, a level deep."""
+        asked = self.asked
+        whole = {
+            "seed": seed,
+            "rounds": asked.rounds,
+            "cache": "cache",
+            "student": {"model": str(student)},
+            "teacher": {"model": str(teacher), "dtype": "float32"},
+            "prompts": {
+                "source": source(20 * asked.prompts * asked.rounds, 1 + seed),
+                "template": "raw",
+                "per_round": asked.prompts,
+            },
+            "rollout": {
+                "samples_per_prompt": asked.samples,
+                "sampling": {"temperature": 1.0, "max_tokens": 8},
+                "student_topk": 16,
+                "shard_samples": 256,
+                "dtype": "float32",
+                "engine": {"max_model_len": 64, "kv_cache_memory_bytes": 2**28},
+            },
+            "score": {"k": 64, "batch_tokens": 1024},
+            "train": {
+                "loss": {"support": "teacher_topk", "direction": "reverse", "k": 16},
+                "optimizer": {"lr": asked.lr, "warmup_updates": 5},
+                "batch_samples": 32,
+                "micro_batch_tokens": 2048,
+                "share_prompts": True,
+                "dtype": "float32",
+                "zero_stage": 0,
+                "checkpoint_every": 10000,
+            },
+            "evaluation": {
+                "source": source(asked.evaluated, EVALUATION_SEED),
+                "num_prompts": asked.evaluated,
+                "samples_per_prompt": 4,
+                "sampling": {"temperature": 0.6, "max_tokens": 8},
+                "verifier": "benchmarks.phenomena.common:right",
+            },
+        }
+        for name, part in parts.items():
+            held = whole.get(name)
+            both = isinstance(held, Mapping) and isinstance(part, Mapping)
+            whole[name] = {**held, **part} if both else part  # type: ignore[dict-item]
+        return whole
+
+    def run(self, name: str, config: dict[str, Any], *stages: str) -> RunFolder:
+        """Write a run file and carry it out: all of it, or some stages of round 0."""
+        file = self.out / f"{name}.yaml"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(yaml.safe_dump({**config, "output": name}, sort_keys=False))
+        if not stages:
+            opdcache("run", file)
+        for stage in stages:
+            opdcache(stage, file, "--round", 0)
+        return RunFolder(self.out / name)
+
+    def taught(self) -> Path:
+        """The model tuned on right answers."""
+        self.out.mkdir(parents=True, exist_ok=True)
+        rows = self.out / "answers.jsonl"
+        if not rows.exists():
+            rows.write_text("".join(json.dumps(row) + "\n" for row in self._answers()))
+            imported = ("--student", self.model, "--out", self.out / "answers")
+            opdcache("cache", "import", self.out / "cache", rows, *imported)
+        return self._tuned("taught", "answers")
+
+    def idle(self) -> Path:
+        """The model tuned as much on completions of its own: it learns nothing."""
+        prompts = {"source": source(self.asked.tuning, 0), "per_round": self.asked.tuning}
+        config = self.config(self.model, self.model, rounds=1, prompts=prompts)
+        config["rollout"]["samples_per_prompt"] = 1
+        self.run("own", config, "rollout")
+        return self._tuned("idle", "own")
+
+    def _tuned(self, name: str, rollouts: str) -> Path:
+        """The model after one pass of cross-entropy over completions."""
+        config = self.config(
+            self.model,
+            self.model,
+            rounds=1,
+            rollouts={"from": rollouts},
+            score={"columns": []},
+            evaluation=None,
+            train={
+                "loss": {"support": "sampled", "direction": "forward", "normalisation": "none"},
+                "optimizer": {"lr": 1e-4, "warmup_updates": 5, "schedule": "linear"},
+                "share_prompts": False,
+            },
+        )
+        return self.run(name, config).student_path(1)
+
+    def _answers(self) -> Sequence[dict[str, Any]]:
+        """Rows of an import: the task's prompts, and right answers as the model words its own."""
+        tokenizer = load_tokenizer(self.model)
+        held_out = {p.messages for p in self._prompts(self.asked.evaluated, EVALUATION_SEED)}
+        prompts = [p for p in self._prompts(self.asked.tuning, 0) if p.messages not in held_out]
+        prompts = prompts[: self.asked.tuning]
+        looks = PromptsConfig(source=ReasoningGymSource(**source(1, 0)), template="raw")
+        return [
+            {
+                "id": one.prompt.prompt_id,
+                "prompt_token_ids": list(one.token_ids),
+                "completion_token_ids": [
+                    *tokenizer.encode(f" {one.prompt.answer}.", add_special_tokens=False),
+                    tokenizer.eos_token_id,
+                ],
+            }
+            for one in render(prompts, looks, tokenizer)
+        ]
+
+    def _prompts(self, size: int, seed: int) -> Sequence[Any]:
+        return load_prompts(ReasoningGymSource(**source(size, seed))).prompts
+
+
+def opdcache(*words: object, fine: Sequence[int] = (0,)) -> str:
+    """What a command of ours prints; ends the experiment where it fails.
+
+    Args:
+        fine: exit codes that are no failure.
+    """
+    path = [*filter(None, [os.environ.get("PYTHONPATH")]), str(ROOT)]  # for the verifier
+    where = {"PYTHONPATH": os.pathsep.join(path)}
+    command = [sys.executable, "-m", "opdcache.cli.main", *map(str, words)]
+    print("$ opdcache", *words, file=sys.stderr, flush=True)
+    done = subprocess.run(
+        command, env={**os.environ, **where}, stdout=subprocess.PIPE, text=True, check=False
+    )
+    if done.returncode not in fine:
+        raise SystemExit(f"opdcache {words[0]}: exit code {done.returncode}")
+    return done.stdout
+
+
+def verified(out: Path, name: str) -> tuple[dict[int, Sequence[PromptScores]], TeacherAccuracy]:
+    """Scores of a run's rounds, and of its teacher, on the held-out prompts."""
+    opdcache("evaluate", out / f"{name}.yaml", "--no-divergence")
+    folder = RunFolder(out / name)
+    found = {}
+    while (one := folder.find(AccuracyRound, len(found))) is not None:
+        found[len(found)] = one.prompts
+    path = folder.teacher_path / "accuracy.json"
+    return found, TeacherAccuracy.model_validate_json(path.read_text())
+
+
+def compared(
+    rounds: Mapping[int, Sequence[PromptScores]], teacher: Sequence[PromptScores]
+) -> list[ModelAccuracy]:
+    """Accuracies of rounds, with their recovery of the gap to a teacher, who comes last."""
+    every: dict[int | None, Sequence[PromptScores]] = {**rounds, None: teacher}
+    return list(accuracies([Answered.of(i, prompts) for i, prompts in every.items()]))
+
+
+def by_round(out: Path, name: str) -> list[dict[str, Any]]:
+    """A run's rounds as the learner saw them, and as their rollouts were scored."""
+    audit = json.loads(opdcache("audit", out / f"{name}.yaml", "--json", fine=(0, 3)))
+    folder, rows = RunFolder(out / name), []
+    metrics = folder.metrics()
+    for part in audit["parts"]:
+        seen, index = part["diagnostics"], part["round"]
+        trained = [row for row in metrics if row["round"] == index]
+        rows.append(
+            {
+                "round": index,
+                **{f: seen[f] for f in FIGURES},
+                **{f: weighted(trained, f) for f in ("entropy_gap", "ess", "reverse_kl_tail")},
+                "seconds": {
+                    kind.__name__: folder.need(kind, index).elapsed_s
+                    for kind in (RolloutRound, ScoreRound, TrainRound)
+                },
+            }
+        )
+    return rows
+
+
+FIGURES = ("overlap", "overlap_mass_student", "overlap_mass_teacher", "overlap_advantage")
+
+
+def weighted(rows: Sequence[Mapping[str, Any]], name: str) -> float | None:
+    """Token-mean of a metric over updates; None where it is in none."""
+    held = [(row[name], row["num_tokens"]) for row in rows if row.get(name) is not None]
+    return sum(v * n for v, n in held) / sum(n for _, n in held) if held else None
+
+
+class Clock:
+    """Wall time since it was made."""
+
+    def __init__(self) -> None:
+        self._began = time.monotonic()
+
+    @property
+    def minutes(self) -> float:
+        """To a tenth."""
+        return round((time.monotonic() - self._began) / 60, 1)

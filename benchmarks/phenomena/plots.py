@@ -1,0 +1,45 @@
+"""Curves over rounds, a panel a figure; runs of the same name are seeds of one arm."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+Curves = Mapping[str, Sequence[tuple[str, Sequence[float | None]]]]
+"""By panel: name and values of each run."""
+
+
+def lines(curves: Curves, across: str) -> Any:
+    """A figure with a panel of each; seeds are thin, their mean is thick."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(
+        1, len(curves), figsize=(3.4 * len(curves), 3.4), layout="constrained", squeeze=False
+    )
+    for axis, (title, runs) in zip(axes[0], curves.items(), strict=True):
+        arms: dict[str, list[Sequence[float | None]]] = {}
+        for name, values in runs:
+            arms.setdefault(name, []).append(values)
+        for colour, (name, seeds) in enumerate(arms.items()):
+            style = {"color": f"C{colour}"}
+            for values in seeds if len(seeds) > 1 else ():
+                axis.plot(range(len(values)), values, alpha=0.35, linewidth=0.8, **style)
+            mean = [_mean(place) for place in zip(*seeds, strict=True)]
+            axis.plot(range(len(mean)), mean, marker="o", markersize=3, label=name, **style)
+        axis.set(title=title, xlabel=across)
+        axis.grid(alpha=0.3)
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)))
+    return figure
+
+
+def save(figure: Any, path: Path) -> None:
+    """Write a figure as PNG."""
+    figure.savefig(path, dpi=120)
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    held = [value for value in values if value is not None]
+    return sum(held) / len(held) if held else None

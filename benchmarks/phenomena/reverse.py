@@ -1,0 +1,78 @@
+"""Reverse distillation: a model that learnt something, distilled from two that did not.
+
+    python -m benchmarks.phenomena.reverse --model demo/models/teacher --out new-knowledge
+
+The student is the model that was tuned on right answers; its teachers are the model before, and the
+same tuned as much on answers of its own (see ``new_knowledge``, whose folder this one may share).
+Beforehand ``opdcache compare`` says of the first round's rollouts whether the two weak teachers can
+be told apart, and whether the strong one can be told from them.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from .common import Bench, Clock, arguments, by_round, compared, opdcache, verified
+from .plots import lines, save
+
+WEAK = {"base": "the model before", "idle": "tuned on its own answers"}
+
+
+def preflight(bench: Bench, teachers: dict[str, Path]) -> dict[str, Any]:
+    """Pairs of teachers on the student's first rollouts."""
+    named = {n: {"model": str(f), "dtype": "float32"} for n, f in teachers.items() if n != "base"}
+    config = bench.config(teachers["taught"], teachers["base"], rounds=1, references=named)
+    bench.run("preflight", config, "rollout", "score")
+    one, found = f"{bench.out / 'preflight.yaml'}@0", {}
+    for name in named:
+        said = json.loads(opdcache("compare", one, f"{one}#{name}", "--json", fine=(0, 3)))
+        found[f"base, {name}"] = said["shared"]
+    return found
+
+
+def main() -> None:
+    """Compare, distil, and write ``reverse.json`` and ``.png``."""
+    asked = arguments(__doc__).parse_args()
+    bench, results = Bench(asked), list[dict[str, Any]]()
+    taught, idle = bench.taught(), bench.idle()
+    told = preflight(bench, {"base": bench.model, "idle": idle, "taught": taught})
+    for seed in asked.seeds:
+        clock = Clock()
+        for name, teacher in {"base": bench.model, "idle": idle}.items():
+            run = f"reverse-{name}-{seed}"
+            bench.run(run, bench.config(taught, teacher, seed))
+            scores, own = verified(bench.out, run)
+            models = [m.model_dump(mode="json") for m in compared(scores, own.prompts)]
+            results.append(
+                {
+                    "seed": seed,
+                    "teacher": name,
+                    "models": models,
+                    "rounds": by_round(bench.out, run),
+                }
+            )
+        results[-1]["minutes"] = clock.minutes
+        whole = {"arguments": {k: str(v) for k, v in vars(asked).items()}}
+        whole |= {"compare": told, "runs": results}
+        (bench.out / "reverse.json").write_text(json.dumps(whole, indent=1) + "\n")
+    for pair, said in told.items():
+        print(f"{pair}: {said['verdict'] if said else 'nothing shared'}")
+    panels = {
+        "accuracy (avg@4)": lambda run: [m["mean_score"]["value"] for m in run["models"][:-1]],
+        "overlap of the top 16": lambda run: [r["overlap"] for r in run["rounds"]],
+        "reverse KL (nats)": lambda run: [r["reverse_kl_tail"] for r in run["rounds"]],
+    }
+    for run in results:
+        accuracy = panels["accuracy (avg@4)"](run)
+        print(
+            f"seed {run['seed']} from {run['teacher']}: accuracy", [round(a, 3) for a in accuracy]
+        )
+    curves = {
+        title: [(f"from {WEAK[run['teacher']]}", of(run)) for run in results]
+        for title, of in panels.items()
+    }
+    save(lines(curves, "policy rounds trained"), bench.out / "reverse.png")
+
+
+if __name__ == "__main__":
+    main()
