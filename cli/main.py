@@ -15,6 +15,7 @@ from . import (
     evaluate,
     inspect,
     plan,
+    prompts,
     report,
     rollout,
     run,
@@ -37,7 +38,7 @@ def cli() -> None:
 
 _COMMANDS = (
     *(run, submit, plan, rollout, score, train, evaluate),
-    *(audit, inspect, compare, report, status, cache, demo),
+    *(audit, inspect, compare, report, prompts, status, cache, demo),
 )
 for module in _COMMANDS:
     cli.add_command(module.command)

@@ -1,5 +1,6 @@
 """What a run file means: its models found and fingerprinted, their token ids compared."""
 
+import copy
 import secrets
 from collections.abc import Mapping
 from functools import lru_cache
@@ -8,7 +9,7 @@ from pathlib import Path
 
 from pydantic import JsonValue
 
-from .errors import ModelError, TokenizerMismatch
+from .errors import ModelError, PromptError, TokenizerMismatch
 from .identity import (
     FileHashes,
     digest,
@@ -21,6 +22,7 @@ from .identity import (
 )
 from .prompts import Tokenizer
 from .schemas.config import RunConfig
+from .schemas.prompts import PromptsConfig
 from .schemas.rounds import Resolved
 from .schemas.teachers import (
     STUDENT,
@@ -46,6 +48,7 @@ def resolve(config: RunConfig, hashes: FileHashes, began: Resolved | None) -> Re
     Raises:
         ModelError: a model is missing or incomplete.
         TokenizerMismatch: a teacher and the student do not share token ids.
+        PromptError: there is no chat template where the prompts' is said to be.
     """
     student = model_folder(config.student)
     scoring = {
@@ -59,6 +62,8 @@ def resolve(config: RunConfig, hashes: FileHashes, began: Resolved | None) -> Re
     known = began is not None and began.tokenizers == tokenizers
     vocabulary = began.vocabulary if began and known else _shared_vocabulary(student, homes)
     prints = {name: teacher_fingerprint(teacher, hashes) for name, teacher in scoring.items()}
+    if began is None and config.prompts.chat_template is not None:
+        read_chat_template(Path(config.prompts.chat_template))  # refused before anything is made
     ours = model_vocab_size(model_config(student))
     sizes = {name: _vocab_size(teacher, homes[name]) for name, teacher in scoring.items()}
     return Resolved(
@@ -71,6 +76,7 @@ def resolve(config: RunConfig, hashes: FileHashes, began: Resolved | None) -> Re
         references={n: prints[f"references.{n}"] for n in config.references if _fixed(config, n)},
         vocabulary=vocabulary,
         tokenizers=tokenizers,
+        chat_template=_template_print(config.prompts, hashes),
         vocab_size=ours,
         shared_ids={name: min(ours, size) for name, size in sizes.items()},
     )
@@ -147,6 +153,62 @@ def _loaded(folder: Path, files: tuple[tuple[Path, int, int], ...]) -> Tokenizer
             remedy="save it there with tokenizer.save_pretrained",
         ) from error
     return tokenizer
+
+
+def prompt_tokenizer(student: Path, prompts: PromptsConfig) -> Tokenizer:
+    """The tokenizer beside the student, with the chat template that its prompts are rendered by.
+
+    Raises:
+        ModelError: there is no tokenizer.
+        PromptError: there is no chat template where the prompts' is said to be.
+    """
+    tokenizer = load_tokenizer(student)
+    if prompts.chat_template is None:
+        return tokenizer
+    tokenizer = copy.copy(tokenizer)  # the loaded one is shared
+    tokenizer.chat_template = read_chat_template(Path(prompts.chat_template))
+    return tokenizer
+
+
+def read_chat_template(place: Path) -> str:
+    """The text of a Jinja file, or the chat template of a model folder's tokenizer.
+
+    Raises:
+        PromptError: there is none.
+    """
+    if place.is_dir():
+        text = load_tokenizer(place).chat_template
+    else:
+        (file,) = _template_files(place)
+        try:
+            text = file.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise PromptError("a chat template is UTF-8 text", where=place) from error
+    if not text:
+        raise PromptError(
+            "there is no chat template",
+            where=place,
+            remedy="let prompts.chat_template name a Jinja file, or a model that chats",
+        )
+    return text
+
+
+def _template_print(prompts: PromptsConfig, hashes: FileHashes) -> str | None:
+    if prompts.chat_template is None:
+        return None
+    return digest(hashes.of(_template_files(Path(prompts.chat_template))))
+
+
+def _template_files(place: Path) -> list[Path]:
+    """What a chat template is read from: the file, or the tokenizer's files in the folder."""
+    files = tokenizer_files(place) if place.is_dir() else [place] if place.is_file() else []
+    if not files:
+        raise PromptError(
+            "neither a file nor a folder with a tokenizer",
+            where=place,
+            remedy="check prompts.chat_template, which is relative to the run file",
+        )
+    return files
 
 
 def special_ids(folder: Path) -> tuple[int, ...]:

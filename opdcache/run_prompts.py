@@ -62,7 +62,9 @@ class RunPrompts:
             unnamed = [prompt.task not in config.shares for prompt in pool.prompts]
             pool = _without(pool, "task without a share", unnamed)
         if config.near_duplicates is not None:
-            ours, theirs = ([_text(prompt) for prompt in part] for part in (pool.prompts, reserved))
+            ours, theirs = (
+                [asked_text(prompt) for prompt in part] for part in (pool.prompts, reserved)
+            )
             near = near_copies(ours, theirs, config.near_duplicates.threshold)
             pool = _without(pool, "near copy of an evaluation prompt", near)
         if not pool.prompts:
@@ -120,7 +122,7 @@ def _without(pool: PromptSet, reason: str, leaves: Sequence[bool]) -> PromptSet:
     return PromptSet(kept, pool.dropped | {reason: len(pool.prompts) - len(kept)})
 
 
-def _text(prompt: Prompt) -> str:
+def asked_text(prompt: Prompt) -> str:
     """What is asked; a system message that many share would make them all alike."""
     asked = [content for role, content in prompt.messages if role != "system"]
     return "\n".join(asked or (content for _, content in prompt.messages))

@@ -18,6 +18,7 @@ from .schemas.prompts import (
     HuggingFaceSource,
     JsonlSource,
     ParquetSource,
+    PromptsConfig,
     PromptSource,
     ReasoningGymSource,
 )
@@ -151,6 +152,12 @@ def _absolute(config: RunConfig, path: Path) -> RunConfig:
             case ReasoningGymSource():
                 return value
 
+    def prompts(value: PromptsConfig) -> PromptsConfig:
+        update: dict[str, Any] = {"source": source(value.source)}
+        if value.chat_template is not None:
+            update["chat_template"] = local(value.chat_template)
+        return value.model_copy(update=update)
+
     update: dict[str, Any] = {
         "cache": local(config.cache),
         "output": local(config.output or path.stem),
@@ -158,7 +165,7 @@ def _absolute(config: RunConfig, path: Path) -> RunConfig:
         "teacher": teacher(config.teacher),
         "teachers": {task: teacher(scorer) for task, scorer in config.teachers.items()},
         "references": {name: teacher(scorer) for name, scorer in config.references.items()},
-        "prompts": config.prompts.model_copy(update={"source": source(config.prompts.source)}),
+        "prompts": prompts(config.prompts),
         "train": _with_deepspeed(config.train, path),
     }
     if config.launch.templates is not None:

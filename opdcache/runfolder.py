@@ -334,7 +334,8 @@ def open_run(
     Raises:
         ModelError: a model is missing or incomplete.
         TokenizerMismatch: teacher and student do not share token ids.
-        RunChanged: the run file or a model is not what the run began with.
+        PromptError: there is no chat template where the prompts' is said to be.
+        RunChanged: the run file, a model or the chat template is not what the run began with.
     """
     assert config.output is not None
     folder = RunFolder(Path(config.output), writes=writes)
@@ -370,6 +371,7 @@ def _identities(resolved: Resolved) -> dict[str, str]:
         **{f"teacher of {task}": print for task, print in resolved.teachers.items()},
         **{f"reference {name}": print for name, print in resolved.references.items()},
         "tokenizer's files": resolved.tokenizers,
+        **({"chat template": resolved.chat_template} if resolved.chat_template else {}),
     }
 
 

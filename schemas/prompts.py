@@ -1,8 +1,8 @@
 """Where prompts come from, and which of them a round takes."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, JsonValue
+from pydantic import Field, JsonValue, model_validator
 
 from .base import Model
 
@@ -98,6 +98,11 @@ class PromptsConfig(Model):
     template: Literal["chat", "raw"] = Field(
         "chat", description="chat: the student's chat template; raw: the text as it is"
     )
+    chat_template: str | None = Field(
+        None,
+        description="a Jinja file, or a model folder whose tokenizer's chat template is used in "
+        "the place of the student's",
+    )
     system: str | None = Field(None, description="system message put before every chat")
     per_round: int = Field(64, ge=1, description="prompts a round")
     order: Literal["shuffled", "listed"] = Field(
@@ -129,3 +134,9 @@ class PromptsConfig(Model):
         description="leave out training prompts that are nearly an evaluation prompt, counted",
     )
     max_prompt_tokens: int = Field(1024, ge=1, description="longer prompts are left out, counted")
+
+    @model_validator(mode="after")
+    def _template_is_used(self) -> Self:
+        if self.chat_template is not None and self.template == "raw":
+            raise ValueError("chat_template: raw prompts have none; take one of the two out")
+        return self

@@ -23,6 +23,7 @@ from .rounds import (
     TeacherHeldOut,
     TrainRound,
 )
+from .selection import Selection
 from .status import RunStatus
 
 DOCUMENTS: dict[str, type[Model]] = {
@@ -46,6 +47,7 @@ DOCUMENTS: dict[str, type[Model]] = {
     "inspect": Row,
     "inspect-list": Listing,
     "comparison": Comparison,
+    "selection": Selection,
 }
 
 

@@ -26,6 +26,9 @@ class Resolved(Model):
     )
     vocabulary: str = Field(description="fingerprint of the shared token ids")
     tokenizers: str = Field(description="digest of all models' tokenizer files")
+    chat_template: str | None = Field(
+        None, description="digest of the files of prompts.chat_template; None without one"
+    )
     vocab_size: int = Field(description="ids that the student can produce")
     shared_ids: dict[str, int] = Field(
         {},

@@ -20,7 +20,7 @@ from opdcache.schemas.launch import (
 from opdcache.schemas.losses import CELLS, LossConfig, TokensConfig
 
 ROOT = Path(__file__).parent.parent
-GUIDES = ("docs/running.md", "docs/inspect.md")
+GUIDES = ("docs/running.md", "docs/inspect.md", "docs/prompts.md")
 
 
 def text(*names: str) -> str:
@@ -45,10 +45,11 @@ def test_every_command_in_the_docs_exists() -> None:
     assert said <= set(cli.commands)
 
 
-def test_every_option_of_inspect_is_in_its_docs() -> None:
-    options = [option for p in cli.commands["inspect"].params for option in p.opts]
+@pytest.mark.parametrize("command", ["inspect", "prompts"])
+def test_every_option_of_a_command_is_in_its_docs(command: str) -> None:
+    options = [option for p in cli.commands[command].params for option in p.opts]
     flags = [option for option in options if option.startswith("-") and option != "--help"]
-    said = text("docs/inspect.md")
+    said = text(f"docs/{command}.md")
     assert [flag for flag in flags if not re.search(rf"`?{flag}\b", said)] == []
 
 

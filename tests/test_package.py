@@ -98,6 +98,10 @@ def test_peft_has_one_door() -> None:
     assert importers("peft") == {"opdcache.train.lora"}
 
 
+def test_embeddings_have_one_door() -> None:
+    assert importers("sentence_transformers") == {"opdcache.apart"}
+
+
 @pytest.mark.parametrize("package", ["zarr", "numcodecs", "obstore"])
 def test_storage_libraries_are_behind_the_store(package: str) -> None:
     assert importers(package) <= below("opdcache.store")
@@ -158,7 +162,7 @@ def test_the_contract_imports_nothing_outside_itself() -> None:
             ("rollout", "score", "train", "stage", "runfolder", "rounds", "cli", "jobs", "heads"),
         ),
         (
-            ("opdcache.stage", "opdcache.heads", "opdcache.runfile"),
+            ("opdcache.apart", "opdcache.stage", "opdcache.heads", "opdcache.runfile"),
             ("rollout", "score", "train", "rounds", "cli", "jobs"),
         ),
         (
@@ -184,6 +188,7 @@ def test_the_contract_imports_nothing_outside_itself() -> None:
                 "opdcache.export",
                 "opdcache.importing",
                 "opdcache.quality",
+                "opdcache.selection",
                 "opdcache.served",
             ),
             ("rollout", "score", "train", "cli", "jobs"),
@@ -202,11 +207,13 @@ def test_a_layer_imports_only_downward(layer: tuple[str, ...], above: tuple[str,
         "opdcache.schemas",
         "opdcache.store",
         "opdcache.agreement",
+        "opdcache.apart",
         "opdcache.audit",
         "opdcache.export",
         "opdcache.importing",
         "opdcache.judging",
         "opdcache.quality",
+        "opdcache.selection",
         "opdcache.verifiers",
         "opdcache.evaluation.run",
         "opdcache.evaluation.verified",

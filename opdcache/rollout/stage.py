@@ -12,7 +12,7 @@ from pathlib import Path
 from ..identity import model_fingerprint
 from ..outcomes import refuse_unanswered
 from ..prompts import PromptSet
-from ..resolve import load_tokenizer
+from ..resolve import prompt_tokenizer
 from ..run_prompts import RunPrompts
 from ..runfolder import RunContext, stage_files
 from ..schemas.manifests import RolloutManifest, Sampling
@@ -144,7 +144,7 @@ def plan_rounds(
         PromptError: the prompts cannot be read, or none is left.
     """
     config, evaluation = context.config, context.config.evaluation
-    tokenizer = load_tokenizer(student)
+    tokenizer = prompt_tokenizer(student, config.prompts)
     policy = Policy(
         folder=student,
         fingerprint=fingerprint,

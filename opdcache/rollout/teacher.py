@@ -13,7 +13,7 @@ from .. import documents
 from ..errors import ConfigError
 from ..identity import digest, model_config, model_vocab_size
 from ..prompts import Request, Tokenizer, render
-from ..resolve import load_tokenizer, model_arguments, model_folder
+from ..resolve import load_tokenizer, model_arguments, model_folder, prompt_tokenizer
 from ..run_prompts import RunPrompts
 from ..runfolder import RunContext
 from ..schemas.manifests import RolloutManifest
@@ -80,7 +80,7 @@ def plan(context: RunContext) -> list[_Part]:
     """
     config, evaluation = context.config, context.config.evaluation
     assert evaluation is not None
-    ours = load_tokenizer(model_folder(config.student))
+    ours = prompt_tokenizer(model_folder(config.student), config.prompts)
     held_out = RunPrompts(config).held_out
     asked, _ = requests_of(held_out, evaluation.samples_per_prompt, config.prompts, ours)
     parts: dict[str, _Part] = {}
