@@ -17,7 +17,8 @@ demo: setup
 test: check
 	if $(MAKE) slurm; then with_slurm="or slurm"; else echo "no Slurm here: its tests are left out"; fi; \
 	if $(MAKE) chromium; then with_browser="or browser"; else echo "no Chromium here: its tests are left out"; fi; \
-	$(BIN)/pytest -m "(engine or s3 or slow $$with_slurm $$with_browser) and not gpu"
+	$(BIN)/pytest -n 2 --dist loadfile -m "(engine or s3 or slow $$with_browser) and not (alone or slurm or gpu)" && \
+	$(BIN)/pytest -m "alone $$with_slurm"
 
 test-slurm: setup slurm
 	$(BIN)/pytest -m slurm

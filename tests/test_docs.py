@@ -1,6 +1,7 @@
 """Docs that cannot rot: every command, run-file key, column and loss is in them."""
 
 import re
+from functools import reduce
 from pathlib import Path
 
 import click
@@ -80,6 +81,20 @@ def test_every_limit_of_an_audit_is_in_the_docs_with_its_default() -> None:
 def test_every_key_of_an_evaluation_is_in_the_docs() -> None:
     keys = EvaluationConfig.model_fields
     assert [name for name in keys if f"`{name}`" not in text("docs/evaluation.md")] == []
+
+
+def test_every_default_with_a_reason_is_the_schema_s() -> None:
+    whole = RunConfig.model_validate(
+        {
+            "student": {"model": "s"},
+            "teacher": {"model": "t"},
+            "prompts": {"source": {"type": "jsonl", "path": "p"}},
+        }
+    )
+    rows = re.findall(r"^\| `([\w.]+)` \| (\S+) \| (.+) \|$", text("docs/defaults.md"), re.M)
+    assert len(rows) > 20
+    for key, default, _ in rows:
+        assert default == str(reduce(getattr, key.split("."), whole)), key
 
 
 def test_every_choice_of_a_loss_is_in_the_docs() -> None:

@@ -10,7 +10,7 @@ import pytest
 from ..s3_server import BUCKET, S3Server
 from .chaos import Summary, carry_out, chaos, disturb, look, run_file
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(1500)]
+pytestmark = [pytest.mark.engine, pytest.mark.alone, pytest.mark.timeout(1500)]
 
 KILLS = 10
 RESTARTS = 3
