@@ -20,7 +20,9 @@ WEAK = {"base": "the model before", "idle": "tuned on its own answers"}
 
 def preflight(bench: Bench, teachers: dict[str, Path]) -> dict[str, Any]:
     """Pairs of teachers on the student's first rollouts."""
-    named = {n: {"model": str(f), "dtype": "float32"} for n, f in teachers.items() if n != "base"}
+    named = {
+        n: {"model": str(f), "dtype": bench.asked.dtype} for n, f in teachers.items() if n != "base"
+    }
     config = bench.config(teachers["taught"], teachers["base"], rounds=1, references=named)
     bench.run("preflight", config, "rollout", "score")
     one, found = f"{bench.out / 'preflight.yaml'}@0", {}
