@@ -24,7 +24,6 @@ from opdcache.accuracy import Answered, accuracies
 from opdcache.prompts import load_prompts, render
 from opdcache.resolve import load_tokenizer
 from opdcache.runfolder import RunFolder
-from opdcache.schemas.evaluation import ModelAccuracy
 from opdcache.schemas.prompts import PromptsConfig, ReasoningGymSource
 from opdcache.schemas.rounds import (
     AccuracyRound,
@@ -220,23 +219,42 @@ def opdcache(*words: object, fine: Sequence[int] = (0,)) -> str:
     return done.stdout
 
 
-def verified(out: Path, name: str) -> tuple[dict[int, Sequence[PromptScores]], TeacherAccuracy]:
-    """Scores of a run's rounds, and of its teacher, on the held-out prompts."""
+Scores = Mapping[int | None, Sequence[PromptScores]]
+"""Of a run's rounds, and of its teacher (None), on the held-out prompts."""
+
+
+def verified(out: Path, name: str) -> Scores:
+    """A run's scores; its teacher answers too."""
     opdcache("evaluate", out / f"{name}.yaml", "--no-divergence")
     folder = RunFolder(out / name)
-    found = {}
+    found: dict[int | None, Sequence[PromptScores]] = {}
     while (one := folder.find(AccuracyRound, len(found))) is not None:
         found[len(found)] = one.prompts
     path = folder.teacher_path / "accuracy.json"
-    return found, TeacherAccuracy.model_validate_json(path.read_text())
+    found[None] = TeacherAccuracy.model_validate_json(path.read_text()).prompts
+    return found
 
 
-def compared(
-    rounds: Mapping[int, Sequence[PromptScores]], teacher: Sequence[PromptScores]
-) -> list[ModelAccuracy]:
-    """Accuracies of rounds, with their recovery of the gap to a teacher, who comes last."""
-    every: dict[int | None, Sequence[PromptScores]] = {**rounds, None: teacher}
-    return list(accuracies([Answered.of(i, prompts) for i, prompts in every.items()]))
+def pooled(runs: Sequence[Scores]) -> Scores:
+    """Runs of other seeds as one: every prompt's completions of all of them."""
+    return {
+        index: [
+            same[0].model_copy(
+                update={
+                    "scores": tuple(score for one in same for score in one.scores),
+                    "num_truncated": sum(one.num_truncated for one in same),
+                }
+            )
+            for same in zip(*(run[index] for run in runs), strict=True)
+        ]
+        for index in runs[0]
+    }
+
+
+def compared(scores: Scores) -> list[dict[str, Any]]:
+    """Accuracies of rounds, with their recovery of the gap to the teacher, who comes last."""
+    told = accuracies([Answered.of(index, prompts) for index, prompts in scores.items()])
+    return [one.model_dump(mode="json") for one in told]
 
 
 def by_round(out: Path, name: str) -> list[dict[str, Any]]:
@@ -253,8 +271,9 @@ def by_round(out: Path, name: str) -> list[dict[str, Any]]:
                 **{f: seen[f] for f in FIGURES},
                 **{f: weighted(trained, f) for f in ("entropy_gap", "ess", "reverse_kl_tail")},
                 "seconds": {
-                    kind.__name__: folder.need(kind, index).elapsed_s
-                    for kind in (RolloutRound, ScoreRound, TrainRound)
+                    "rollout": folder.need(RolloutRound, index).elapsed_s,
+                    "score": folder.need(ScoreRound, index).elapsed_s,
+                    "train": folder.need(TrainRound, index).elapsed_s,
                 },
             }
         )
@@ -268,6 +287,12 @@ def weighted(rows: Sequence[Mapping[str, Any]], name: str) -> float | None:
     """Token-mean of a metric over updates; None where it is in none."""
     held = [(row[name], row["num_tokens"]) for row in rows if row.get(name) is not None]
     return sum(v * n for v, n in held) / sum(n for _, n in held) if held else None
+
+
+def written(bench: Bench, name: str, **results: Any) -> None:
+    """Write an experiment's results, with its arguments, as JSON."""
+    whole = {"arguments": {key: str(value) for key, value in vars(bench.asked).items()}, **results}
+    (bench.out / f"{name}.json").write_text(json.dumps(whole, indent=1) + "\n")
 
 
 class Clock:

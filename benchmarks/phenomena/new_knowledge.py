@@ -9,16 +9,27 @@ Both distil into the same student on the same prompts for as many rounds. The ga
 teacher A, on prompts that nobody was tuned or trained on; intervals are bootstraps over them.
 """
 
-import json
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-from .common import Bench, Clock, arguments, by_round, compared, verified
-from .plots import lines, save
+from .common import (
+    Bench,
+    Clock,
+    Scores,
+    arguments,
+    by_round,
+    compared,
+    pooled,
+    verified,
+    written,
+)
+from .plots import Values, lines, save
 
 ARMS = {"A": "new knowledge", "B": "nothing new"}
 
 
-def arm(bench: Bench, name: str, teacher: Any, seed: int) -> str:
+def arm(bench: Bench, name: str, teacher: Path, seed: int) -> str:
     """Distil a teacher; the run's name."""
     run = f"{name}-{seed}"
     bench.run(run, bench.config(bench.model, teacher, seed))
@@ -28,52 +39,59 @@ def arm(bench: Bench, name: str, teacher: Any, seed: int) -> str:
 def main() -> None:
     """Tune the teachers, distil them, and write ``new_knowledge.json`` and ``.png``."""
     asked = arguments(__doc__).parse_args()
-    bench, clock, results = Bench(asked), Clock(), []
+    bench, clock = Bench(asked), Clock()
     teachers = {"A": bench.taught(), "B": bench.idle()}
     tuning_minutes = clock.minutes
+    scores: dict[str, list[Scores]] = {name: [] for name in ARMS}
+    runs = list[dict[str, Any]]()
     for seed in asked.seeds:
-        clock, found = Clock(), {}
+        clock = Clock()
         for name, teacher in teachers.items():
             run = arm(bench, name, teacher, seed)
-            found[name] = (*verified(bench.out, run), by_round(bench.out, run))
-        best = found["A"][1].prompts
-        for name, (scores, own, rounds) in found.items():
-            *students, _ = compared(scores, best)
-            results.append(
+            own = verified(bench.out, run)
+            # The gap of both arms is that to teacher A, who was the first.
+            scores[name].append({**own, None: (scores["A"][-1] if scores["A"] else own)[None]})
+            runs.append(
                 {
                     "seed": seed,
                     "arm": name,
-                    "students": [one.model_dump(mode="json") for one in students],
-                    "teacher": compared(scores, own.prompts)[-1].model_dump(mode="json"),
-                    "rounds": rounds,
+                    "models": compared(scores[name][-1]),
+                    "own_teacher": compared(own)[-1],
+                    "rounds": by_round(bench.out, run),
                 }
             )
-        results[-1]["minutes"] = clock.minutes
-        whole = {"arguments": {k: str(v) for k, v in vars(asked).items()}}
-        whole |= {"tuning_minutes": tuning_minutes, "runs": results}
-        (bench.out / "new_knowledge.json").write_text(json.dumps(whole, indent=1) + "\n")
-    report(bench, results)
+        runs[-1]["minutes"] = clock.minutes
+        every = {name: compared(pooled(of)) for name, of in scores.items()}
+        written(bench, "new_knowledge", tuning_minutes=tuning_minutes, pooled=every, runs=runs)
+    for one in runs:
+        about = f"seed {one['seed']}, teacher {one['arm']} ({ARMS[one['arm']]})"
+        print(f"{about}: {said(one['models'])}")
+    for name, models in every.items():
+        print(f"all seeds, teacher {name} ({ARMS[name]}): {said(models)}")
+    draw(bench, runs)
 
 
-def report(bench: Bench, results: list[dict[str, Any]]) -> None:
-    """Print the last rounds, and draw all of them."""
-    for run in results:
-        first, last = run["students"][0], run["students"][-1]
-        gained, ends = last["recovery"], ("value", "low", "high")
-        print(
-            f"seed {run['seed']} teacher {run['arm']} ({ARMS[run['arm']]}): "
-            f"accuracy {first['mean_score']['value']:.3f} -> {last['mean_score']['value']:.3f}, "
-            f"teacher {run['teacher']['mean_score']['value']:.3f}; gap recovery "
-            + "{:.0%} [{:.0%}, {:.0%}]".format(*(gained[end] for end in ends))
-        )
-    panels = {
-        "accuracy (avg@4)": lambda run: [s["mean_score"]["value"] for s in run["students"]],
+def said(models: list[dict[str, Any]]) -> str:
+    """What a student gained by its last round."""
+    first, last, best = (models[i]["mean_score"] for i in (0, -2, -1))
+    gained = models[-2]["recovery"]
+    return (
+        f"accuracy {first['value']:.3f} -> {last['value']:.3f} [{last['low']:.3f}, "
+        f"{last['high']:.3f}], teacher A {best['value']:.3f}; gap recovery {gained['value']:.0%} "
+        f"[{gained['low']:.0%}, {gained['high']:.0%}]"
+    )
+
+
+def draw(bench: Bench, runs: list[dict[str, Any]]) -> None:
+    """A panel of accuracy, and one of each diagnostic, by round."""
+    panels: dict[str, Callable[[dict[str, Any]], Values]] = {
+        "accuracy (avg@4)": lambda run: [m["mean_score"]["value"] for m in run["models"][:-1]],
         "overlap of the top 16": lambda run: [r["overlap"] for r in run["rounds"]],
         "student's mass on it": lambda run: [r["overlap_mass_student"] for r in run["rounds"]],
         "entropy gap (nats)": lambda run: [r["entropy_gap"] for r in run["rounds"]],
     }
     curves = {
-        title: [(f"teacher {run['arm']}: {ARMS[run['arm']]}", of(run)) for run in results]
+        title: [(f"teacher {run['arm']}: {ARMS[run['arm']]}", of(run)) for run in runs]
         for title, of in panels.items()
     }
     save(lines(curves, "policy rounds trained"), bench.out / "new_knowledge.png")

@@ -2,24 +2,21 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-Curves = Mapping[str, Sequence[tuple[str, Sequence[float | None]]]]
+from matplotlib.figure import Figure
+
+Values = Sequence[float | None]
+Curves = Mapping[str, Sequence[tuple[str, Values]]]
 """By panel: name and values of each run."""
 
 
-def lines(curves: Curves, across: str) -> Any:
+def lines(curves: Curves, across: str) -> Figure:
     """A figure with a panel of each; seeds are thin, their mean is thick."""
-    import matplotlib
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(
-        1, len(curves), figsize=(3.4 * len(curves), 3.4), layout="constrained", squeeze=False
-    )
+    figure = Figure(figsize=(3.4 * len(curves), 3.4), layout="constrained")
+    axes = figure.subplots(1, len(curves), squeeze=False)
     for axis, (title, runs) in zip(axes[0], curves.items(), strict=True):
-        arms: dict[str, list[Sequence[float | None]]] = {}
+        arms: dict[str, list[Values]] = {}
         for name, values in runs:
             arms.setdefault(name, []).append(values)
         for colour, (name, seeds) in enumerate(arms.items()):
@@ -35,11 +32,11 @@ def lines(curves: Curves, across: str) -> Any:
     return figure
 
 
-def save(figure: Any, path: Path) -> None:
+def save(figure: Figure, path: Path) -> None:
     """Write a figure as PNG."""
     figure.savefig(path, dpi=120)
 
 
-def _mean(values: Sequence[float | None]) -> float | None:
+def _mean(values: Values) -> float | None:
     held = [value for value in values if value is not None]
     return sum(held) / len(held) if held else None

@@ -9,11 +9,12 @@ be told apart, and whether the strong one can be told from them.
 """
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .common import Bench, Clock, arguments, by_round, compared, opdcache, verified
-from .plots import lines, save
+from .common import Bench, Clock, arguments, by_round, compared, opdcache, verified, written
+from .plots import Values, lines, save
 
 WEAK = {"base": "the model before", "idle": "tuned on its own answers"}
 
@@ -35,7 +36,7 @@ def preflight(bench: Bench, teachers: dict[str, Path]) -> dict[str, Any]:
 def main() -> None:
     """Compare, distil, and write ``reverse.json`` and ``.png``."""
     asked = arguments(__doc__).parse_args()
-    bench, results = Bench(asked), list[dict[str, Any]]()
+    bench, runs = Bench(asked), list[dict[str, Any]]()
     taught, idle = bench.taught(), bench.idle()
     told = preflight(bench, {"base": bench.model, "idle": idle, "taught": taught})
     for seed in asked.seeds:
@@ -43,37 +44,30 @@ def main() -> None:
         for name, teacher in {"base": bench.model, "idle": idle}.items():
             run = f"reverse-{name}-{seed}"
             bench.run(run, bench.config(taught, teacher, seed))
-            scores, own = verified(bench.out, run)
-            models = [m.model_dump(mode="json") for m in compared(scores, own.prompts)]
-            results.append(
-                {
-                    "seed": seed,
-                    "teacher": name,
-                    "models": models,
-                    "rounds": by_round(bench.out, run),
-                }
-            )
-        results[-1]["minutes"] = clock.minutes
-        whole = {"arguments": {k: str(v) for k, v in vars(asked).items()}}
-        whole |= {"compare": told, "runs": results}
-        (bench.out / "reverse.json").write_text(json.dumps(whole, indent=1) + "\n")
-    for pair, said in told.items():
-        print(f"{pair}: {said['verdict'] if said else 'nothing shared'}")
-    panels = {
-        "accuracy (avg@4)": lambda run: [m["mean_score"]["value"] for m in run["models"][:-1]],
+            models = compared(verified(bench.out, run))
+            rounds = by_round(bench.out, run)
+            runs.append({"seed": seed, "teacher": name, "models": models, "rounds": rounds})
+        runs[-1]["minutes"] = clock.minutes
+        written(bench, "reverse", compare=told, runs=runs)
+    for pair, shared in told.items():
+        print(f"{pair}: {', '.join(one['verdict'] for one in shared)}")
+    for one in runs:
+        print(f"seed {one['seed']} from {one['teacher']}: accuracy by round {accuracy(one)}")
+    panels: dict[str, Callable[[dict[str, Any]], Values]] = {
+        "accuracy (avg@4)": accuracy,
         "overlap of the top 16": lambda run: [r["overlap"] for r in run["rounds"]],
         "reverse KL (nats)": lambda run: [r["reverse_kl_tail"] for r in run["rounds"]],
     }
-    for run in results:
-        accuracy = panels["accuracy (avg@4)"](run)
-        print(
-            f"seed {run['seed']} from {run['teacher']}: accuracy", [round(a, 3) for a in accuracy]
-        )
     curves = {
-        title: [(f"from {WEAK[run['teacher']]}", of(run)) for run in results]
+        title: [(f"from {WEAK[run['teacher']]}", of(run)) for run in runs]
         for title, of in panels.items()
     }
     save(lines(curves, "policy rounds trained"), bench.out / "reverse.png")
+
+
+def accuracy(run: dict[str, Any]) -> list[float]:
+    """Of the students, by round."""
+    return [round(model["mean_score"]["value"], 3) for model in run["models"][:-1]]
 
 
 if __name__ == "__main__":
