@@ -5,11 +5,12 @@ from typing import Any
 
 import pytest
 
-from benchmarks.phenomena import common, new_knowledge, reverse
+from benchmarks.phenomena import common, new_knowledge, reverse, staleness, supports
 from opdcache.resolve import load_tokenizer
 from opdcache.runfile import load_run
 from opdcache.runfolder import RunFolder
 from opdcache.schemas.losses import imitates
+from opdcache.schemas.rounds import RolloutRound
 
 
 def bench(tmp_path: Path, model: Path, *words: str) -> common.Bench:
@@ -47,6 +48,47 @@ def test_every_run_file_of_the_experiments_can_be_read(
     assert loaded["A-1"].seed == 1
     assert {one.cache for one in loaded.values()} == {str(tmp_path / "cache")}
     assert teachers["taught"] == RunFolder(tmp_path / "taught").student_path(1)
+
+
+@pytest.mark.parametrize("loss", supports.LOSSES)
+def test_every_loss_of_the_supports_can_be_trained_on(
+    tmp_path: Path, tiny_student: Path, asked: list[tuple[Any, ...]], loss: str
+) -> None:
+    run = supports.arm(bench(tmp_path, tiny_student, "--tuning", "8"), loss, seed=0)
+    train = load_run(tmp_path / f"{run}.yaml").train
+    assert train.loss.model_dump(include=set(supports.LOSSES[loss])) == supports.LOSSES[loss]
+
+
+@pytest.mark.parametrize("loss", staleness.LOSSES)
+def test_a_lagged_learner_takes_the_rollouts_of_its_older_policies(
+    tmp_path: Path,
+    tiny_student: Path,
+    asked: list[tuple[Any, ...]],
+    monkeypatch: pytest.MonkeyPatch,
+    loss: str,
+) -> None:
+    of = bench(tmp_path, tiny_student, "--tuning", "8", "--rounds", "4")
+    given: list[tuple[str, str, int]] = []
+    sampled = RolloutRound(round=0, student="s", shards=(), dropped={}, elapsed_s=0)
+
+    def note(self: staleness.Lagged, stage: str, file: Path, index: int) -> None:
+        given.append((stage, file.stem, index))
+        if stage == "rollout" and file.stem[-2:] in ("-0", "-1", "-2", "-3"):
+            RunFolder(of.out / file.stem).write(sampled, anew=True)
+
+    monkeypatch.setattr(staleness.Lagged, "_command", note)
+    arm = staleness.Lagged(of, loss, lag=2, seed=7, started=None)  # type: ignore[arg-type]
+    arm.train()
+    assert [file for stage, file, _ in given if stage == "train"] == [arm.name] * 4
+    samplers = [load_run(tmp_path / f"{arm.name}-{i}.yaml") for i in range(4)]
+    first = str(tiny_student)
+    policies = [Path(one.student.model) for one in samplers]
+    assert policies == [Path(first)] * 3 + [RunFolder(tmp_path / arm.name).student_path(1)]
+    assert len({one.seed for one in samplers}) == 4
+    learner = load_run(tmp_path / f"{arm.name}.yaml")
+    assert learner.rollouts is not None
+    pinned = RunFolder(Path(learner.rollouts.from_))
+    assert [pinned.need(RolloutRound, i).round for i in range(4)] == [0, 1, 2, 3]
 
 
 def test_no_prompt_that_is_asked_is_among_the_answers(tmp_path: Path, tiny_student: Path) -> None:

@@ -62,6 +62,7 @@ def arguments(what: str | None) -> ArgumentParser:
     parser.add_argument("--samples", type=int, default=4, help="completions a prompt")
     parser.add_argument("--evaluated", type=int, default=200, help="held-out prompts")
     parser.add_argument("--tuning", type=int, default=2560, help="prompts that models are tuned on")
+    parser.add_argument("--tuning-epochs", type=int, default=2)
     parser.add_argument("--lr", type=float, default=5e-5)
     parser.add_argument(
         "--dtype", default="float32", help="bfloat16 is faster where the CPU has units for it"
@@ -132,15 +133,24 @@ class Bench:
             whole[name] = {**held, **part} if both else part  # type: ignore[dict-item]
         return whole
 
-    def run(self, name: str, config: dict[str, Any], *stages: str) -> RunFolder:
-        """Write a run file and carry it out: all of it, or some stages of round 0."""
+    def file(self, name: str, config: dict[str, Any]) -> Path:
+        """Write a run file, whose output has its name."""
         file = self.out / f"{name}.yaml"
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(yaml.safe_dump({**config, "output": name}, sort_keys=False))
+        return file
+
+    def run(self, name: str, config: dict[str, Any], *stages: str) -> RunFolder:
+        """Write a run file and carry it out: all of it, or some stages of round 0."""
+        file = self.file(name, config)
         if not stages:
             opdcache("run", file)
         for stage in stages:
             opdcache(stage, file, "--round", 0)
+        return self.folder(name)
+
+    def folder(self, name: str) -> RunFolder:
+        """A run's folder."""
         return RunFolder(self.out / name)
 
     def taught(self) -> Path:
@@ -162,7 +172,7 @@ class Bench:
         return self._tuned("idle", "own")
 
     def _tuned(self, name: str, rollouts: str) -> Path:
-        """The model after one pass of cross-entropy over completions."""
+        """The model after cross-entropy on completions."""
         config = self.config(
             self.model,
             self.model,
@@ -174,6 +184,7 @@ class Bench:
                 "loss": {"support": "sampled", "direction": "forward", "normalisation": "none"},
                 "optimizer": {"lr": 1e-4, "warmup_updates": 5, "schedule": "linear"},
                 "share_prompts": False,
+                "epochs": self.asked.tuning_epochs,
             },
         )
         return self.run(name, config).student_path(1)

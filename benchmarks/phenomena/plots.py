@@ -26,6 +26,7 @@ def lines(curves: Curves, across: str) -> Figure:
             mean = [_mean(place) for place in zip(*seeds, strict=True)]
             axis.plot(range(len(mean)), mean, marker="o", markersize=3, label=name, **style)
         axis.set(title=title, xlabel=across)
+        axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)))
