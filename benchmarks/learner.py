@@ -44,6 +44,7 @@ from opdcache.schemas.rounds import RolloutRound
 from opdcache.schemas.training import OptimizerConfig, TrainConfig
 from opdcache.score import stage
 from opdcache.store import rollouts as shards
+from opdcache.train.learner import head_chunk_tokens
 
 KS = (16, 64)
 LOSSES = {
@@ -363,7 +364,9 @@ def main() -> None:
     parser.add_argument("--supervised", type=float, default=0.6)
     parser.add_argument("--dtype", help="the demo's, or bfloat16")
     parser.add_argument("--micro-batch-tokens", type=int, default=1024)
-    parser.add_argument("--chunk", type=int, default=TrainConfig().head_chunk_tokens)
+    parser.add_argument(
+        "--chunk", type=int, default=head_chunk_tokens(TrainConfig(), default_device())
+    )
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--part", choices=["dense", "ours", "rates"], help=argparse.SUPPRESS)
     for name in ("--num-tokens", "--vocab-size", "--k", "--batch-tokens"):

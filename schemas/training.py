@@ -139,10 +139,11 @@ class TrainConfig(Model):
         description="torch.compile the student's body, for any length of its sequences; a first "
         "start takes minutes on a CPU",
     )
-    head_chunk_tokens: int = Field(
-        512,
+    head_chunk_tokens: int | None = Field(
+        None,
         ge=1,
-        description="tokens of one LM-head chunk, whose logits are held",
+        description="tokens of one LM-head chunk, whose logits are held; by default 512 on a CPU "
+        "and 2048 on an accelerator, which waits for launches between smaller ones",
     )
     measure_every: int = Field(
         16,

@@ -5,12 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from opdcache.deepspeed_config import deepspeed_config
 from opdcache.errors import ConfigError
 from opdcache.runfile import load_run
 from opdcache.schemas.training import OptimizerConfig, TrainConfig
+from opdcache.train.learner import head_chunk_tokens
 
 EXAMPLE: dict[str, Any] = {
     "fp16": {"enabled": "auto", "loss_scale": 0, "hysteresis": 2},
@@ -180,3 +182,9 @@ def test_a_file_that_holds_no_configuration_is_named(
         (tmp_path / "ds.json").write_text(content)
     with pytest.raises(ConfigError, match=rf"{tmp_path}/ds\.json: .*{said}"):
         load_run(run_file(tmp_path, deepspeed="ds.json"))
+
+
+@pytest.mark.parametrize(("device", "expected"), [("cpu", 512), ("cuda", 2048), ("xpu", 2048)])
+def test_a_head_chunk_is_larger_where_launches_are_waited_for(device: str, expected: int) -> None:
+    assert head_chunk_tokens(TrainConfig(), torch.device(device)) == expected
+    assert head_chunk_tokens(TrainConfig(head_chunk_tokens=7), torch.device(device)) == 7

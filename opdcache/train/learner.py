@@ -119,7 +119,7 @@ class Learner:
             model.gradient_checkpointing_enable()  # type: ignore[operator]
         if config.compile:
             model.base_model.compile(dynamic=True)  # type: ignore[union-attr]
-        student = Student(model, head, config.head_chunk_tokens).train()
+        student = Student(model, head, head_chunk_tokens(config, self.device)).train()
         self._model = model
         optimizer = torch.optim.AdamW(
             [weight for weight in student.parameters() if weight.requires_grad],
@@ -316,6 +316,11 @@ def lr_factor(optimizer: OptimizerConfig, done: int, total: int) -> float:
         return 1.0
     left = 1 - min(1.0, (done - warmup) / max(1, total - warmup))
     return left if optimizer.schedule == "linear" else (1 - math.cos(math.pi * left)) / 2
+
+
+def head_chunk_tokens(config: TrainConfig, device: torch.device) -> int:
+    """Tokens of one LM-head chunk on a device."""
+    return config.head_chunk_tokens or (512 if device.type == "cpu" else 2048)
 
 
 def _init_distributed() -> None:
