@@ -138,11 +138,12 @@ def of_run(run: Path | str, rounds: Iterable[int] | None = None) -> list[Scored]
         rounds: every scored one by default.
 
     Raises:
-        InputsMissing: the run has no scored round, or not one that was asked for.
+        InputsMissing: the run has no scored round, or not one that was asked for, or stores no
+            score.
     """
     folder, listed = RunFolder(Path(run)), list[Scored]()
     for index in folder.scored_rounds() if rounds is None else rounds:
-        rollouts, scores = folder.scored(index)
+        rollouts, scores = folder.with_scores(index)
         listed += [
             Scored(shard, scored.teacher, scored.served)
             for shard, scored in zip(rollouts.shards, scores.shards, strict=True)

@@ -235,7 +235,9 @@ class Rounds:
             served = self._context.cache.serve(task.rollout.content, task.need)
             total = sum(measured.size_bytes(scores) for scores, _ in served or ())
             sizes[task.rollout.key].append(total if served is not None else None)
-        return {key: sum(s for s in of if s) // len(of) for key, of in sizes.items() if all(of)}
+        return {
+            key: sum(filter(None, of)) // len(of) for key, of in sizes.items() if None not in of
+        }
 
     def _updates_done(self, index: int, num_updates: int) -> int:
         if self._context.folder.find(TrainRound, index) is not None:

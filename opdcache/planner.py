@@ -106,7 +106,9 @@ def _basis(
     prompt_tokens = sum(shard.num_prompt_tokens for shard in sampled)
     share = prompt_tokens / max(sum(map(_tokens, sampled)), 1)
     rollout_bytes = measured.rollout_bytes(found, config.rollout.student_topk, share)
-    score_bytes = measured.score_bytes(found, context)
+    score_bytes = Measured(value=0.0, source="nothing is scored")
+    if config.scores:
+        score_bytes = measured.score_bytes(found, context)
     return _Basis(config, rounds, num_workers, rates, rollout_bytes, score_bytes)
 
 
@@ -116,7 +118,7 @@ def _rollout(basis: _Basis) -> StageCost:
 
 
 def _score(basis: _Basis) -> StageCost:
-    models = 1 + len(basis.config.references)
+    models = 1 + len(basis.config.references) if basis.config.scores else 0
     shards = [list(each.training) * models for each in basis.rounds]
     return _of_shards("score", basis, shards, attrgetter("score_bytes"), basis.score_bytes)
 
@@ -216,7 +218,7 @@ def _prompts(rounds: Sequence[Round]) -> Prompts:
 def _score_tokens(basis: _Basis) -> dict[str, int]:
     """Completion tokens that teachers score, by task: each may have one of its own."""
     by_task: defaultdict[str, float] = defaultdict(float)
-    for shard in basis.training:
+    for shard in basis.training if basis.config.scores else ():
         by_task[shard.task] += shard.num_tokens
     return {task: round(tokens) for task, tokens in sorted(by_task.items())}
 
@@ -246,7 +248,7 @@ def _teacher(basis: _Basis) -> TeacherCost | None:
     """The teacher's share, as if nothing were made; None when a stage has no rate."""
     rollout, score, train = (basis.rates[stage].value for stage in ("rollout", "score", "train"))
     scored = sum(map(_tokens, basis.training))
-    if not (rollout and score and train and scored):
+    if not (rollout and score and train and scored and basis.config.scores):
         return None
     first = sum(_tokens(s) for each in basis.rounds if not each.index for s in each.training)
     return costs.teacher_cost(

@@ -52,8 +52,9 @@ def _status(folder: RunFolder, config: RunConfig, step: Step, cache: Cache) -> S
         return _with(of, state="to redo")
     match files:
         case [ScoreRound() as found]:
-            shards = folder.scored(step.round)[0].shards
-            tokens, cached = sum(s.num_tokens for s in shards), sum(s.cached for s in found.shards)
+            pairs = zip(folder.scored(step.round)[0].shards, found.shards, strict=True)
+            tokens = sum(sampled.num_tokens for sampled, scored in pairs if scored.served)
+            cached = sum(s.cached for s in found.shards)
             of = _with(of, num_tokens=tokens, cached=cached, failed=found.failed)
             return _done(of, len(found.shards), found.elapsed_s)
         case [TrainRound() as trained]:

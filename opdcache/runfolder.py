@@ -154,6 +154,22 @@ class RunFolder:
         shards = tuple(s for s in rollouts.shards if s.content not in scores.failed)
         return rollouts.model_copy(update={"shards": shards}), scores
 
+    def with_scores(self, round_index: int) -> tuple[RolloutRound, ScoreRound]:
+        """The same of a round that has something to look at.
+
+        Raises:
+            InputsMissing: the round is not scored, or no column of it is stored.
+        """
+        rollouts, scores = self.scored(round_index)
+        if not all(shard.served for shard in scores.shards):
+            raise InputsMissing(
+                f"no score of round {round_index} is stored: the run file's score.columns is empty",
+                where=self.path,
+                remedy="take the same rollouts in another run, with 'rollouts: {from: …}', that "
+                "names columns",
+            )
+        return rollouts, scores
+
     def scored_rounds(self) -> Iterator[int]:
         """Rounds that are scored, in order."""
         folders = (file.parent.name for file in self.path.glob(f"rounds/*/{_FILES[ScoreRound]}"))

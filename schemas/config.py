@@ -208,6 +208,12 @@ class RunConfig(Model):
             return (frozenset(self.score.columns) | drawn) - absent
         return ((teacher.can_give - {"draws"}) | drawn) - absent
 
+    @property
+    def scores(self) -> bool:
+        """Whether anything is scored."""
+        models = (self.teacher, *self.teachers.values(), *self.references.values())
+        return any(map(self.columns_of, models))
+
     @model_validator(mode="after")
     def _columns_can_be_given(self) -> Self:
         if "draws" in (self.score.columns or ()) and not self.score.draws:

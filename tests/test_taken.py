@@ -6,8 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
+from click.testing import CliRunner
 from pydantic import ValidationError
 
+from opdcache.cli.main import cli
 from opdcache.errors import (
     ConfigError,
     InputsMissing,
@@ -17,11 +20,14 @@ from opdcache.errors import (
     TokenizerMismatch,
 )
 from opdcache.importing import import_rollouts
+from opdcache.planner import plan
 from opdcache.rollout.stage import plan_round
 from opdcache.rollout.stage import run as rollout
+from opdcache.rounds import status
 from opdcache.runfile import load_run
 from opdcache.runfolder import RunContext, RunFolder, open_run
 from opdcache.schemas.config import RunConfig
+from opdcache.schemas.plan import Rates
 from opdcache.schemas.rounds import HeldOutRound, RolloutRound, ScoreRound, TrainRound
 from opdcache.score.stage import run as score
 from opdcache.score.stage import run_student
@@ -98,22 +104,69 @@ def test_what_was_taken_is_scored_whole_and_without_ids_that_nobody_recorded(
     assert scores.read().token_offsets.tolist() == [0, 3, 4]
 
 
-def test_what_is_only_imitated_is_not_scored(
+@pytest.fixture
+def unscored(
     base: dict[str, Any], tmp_path: Path, tiny_student: Path, one_thread: None
-) -> None:
+) -> RunContext:
+    """A round that is only imitated: its score stage has made nothing."""
     bare = [{k: v for k, v in row.items() if k != "sampling_logprobs"} for row in ROWS]
     imported(tmp_path, tiny_student, bare)
     loss = {"support": "sampled", "direction": "forward", "normalisation": "none"}
-    context = opened(base | {"score": {"columns": []}, "train": {"loss": loss}})
+    (tmp_path / "none.jsonl").write_text('{"prompt": "hi"}\n')
+    config = base | {"score": {"columns": []}, "train": {"loss": loss}}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
+    context = open_run(load_run(tmp_path / "run.yaml"), Silent(), Worker())
     rollout(context, 0)
-    (shard,) = score(context, 0).shards
-    assert shard.served == ()
-    assert not list(context.cache.objects.list("commits/scores"))
-    pinned_files = (context.folder.need(kind, 0) for kind in (RolloutRound, ScoreRound))
-    samples = RoundSamples(context.cache, *pinned_files, 16)  # type: ignore[arg-type]
+    score(context, 0)
+    return context
+
+
+def test_what_is_only_imitated_is_not_scored(unscored: RunContext) -> None:
+    (shard,) = unscored.folder.need(ScoreRound, 0).shards
+    assert (shard.served, shard.cached) == ((), False)
+    assert not list(unscored.cache.objects.list("commits/scores"))
+    pinned_files = (unscored.folder.need(kind, 0) for kind in (RolloutRound, ScoreRound))
+    samples = RoundSamples(unscored.cache, *pinned_files, 16)  # type: ignore[arg-type]
     micro = samples.collate([0, 1])
     assert micro.sampled_T.tolist() == [104, 256, 9]
     assert micro.teacher_sampled_T is micro.topk_ids_TK is None
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "audit RUN",
+        "inspect RUN",
+        "inspect RUN --row 0",
+        "report RUN -o OUT",
+        "compare RUN@0 RUN@0",
+        "prompts RUN --out OUT",
+        "cache export CACHE --out OUT --run FOLDER",
+        "score RUN --round 0 --check 1",
+    ],
+)
+def test_what_looks_at_scores_says_that_none_are_stored(
+    unscored: RunContext, tmp_path: Path, words: str
+) -> None:
+    places = {
+        "RUN": str(tmp_path / "run.yaml"),
+        "OUT": str(tmp_path / "out"),
+        "CACHE": str(tmp_path / "cache"),
+        "FOLDER": str(tmp_path / "run"),
+    }
+    for name, place in places.items():
+        words = words.replace(name, place)
+    with pytest.raises(InputsMissing, match=r"no score of round 0 is stored: .* is empty"):
+        CliRunner().invoke(cli, words.split(), standalone_mode=False, catch_exceptions=False)
+
+
+def test_a_plan_and_the_status_count_no_scores_where_none_are_made(unscored: RunContext) -> None:
+    told = plan(unscored.config, Rates())
+    (scored,) = (stage for stage in told.stages if stage.stage == "score")
+    assert (scored.num_units, scored.num_done, scored.left_tokens, scored.left_s) == (0, 0, 0, 0)
+    assert (told.score_tokens, told.teacher, scored.size_bytes) == ({}, None, 0)
+    (shown,) = (s for s in status(unscored.config).stages if s.stage == "score")
+    assert (shown.state, shown.done, shown.cached, shown.num_tokens) == ("done", 1, 0, 0)
 
 
 def test_later_rounds_are_the_other_runs_later_rounds(base: dict[str, Any], tmp_path: Path) -> None:

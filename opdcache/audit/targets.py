@@ -115,7 +115,7 @@ def of_run(path: Path, rounds: Sequence[int] = (), reference: str | None = None)
         )
     parts = []
     for index in wanted:
-        rollouts, scores = folder.scored(index)
+        rollouts, scores = folder.with_scores(index)
         listed = scores.shards if reference is None else _reference(scores, reference, path)
         own = cache.objects.each(partial(_own_set, cache, rollouts.student), rollouts.shards)
         shards = tuple(

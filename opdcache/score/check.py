@@ -55,9 +55,9 @@ def check(context: RunContext, round_index: int, num_samples: int) -> Noise:
         num_samples: completions, drawn at random; all when there are fewer.
 
     Raises:
-        InputsMissing: the round is not scored.
+        InputsMissing: the round is not scored, or no score of it is stored.
     """
-    sampled, scores = context.folder.scored(round_index)
+    sampled, scores = context.folder.with_scores(round_index)
     rollouts, scored = sampled.shards, scores.shards
     tasks = plan_shards(context, rollouts, round_index).teachers
     starts = np.cumsum([0, *(shard.num_rows for shard in rollouts)])

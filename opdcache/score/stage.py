@@ -320,7 +320,8 @@ def _served(context: RunContext, task: ScoreTask) -> ScoredShard:
         content=content,
         teacher=task.need.teacher,
         served=tuple(columns for _, columns in served),
-        cached=all(m.provenance.run_id != context.resolved.run_id for m, _ in served),
+        cached=bool(served)
+        and all(m.provenance.run_id != context.resolved.run_id for m, _ in served),
     )
 
 
