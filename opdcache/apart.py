@@ -3,21 +3,29 @@
 Legend: N texts, M texts that they are held against, D width of an embedding.
 """
 
+import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
-from .errors import ModelError, NotInstalled
+from .errors import ModelError, NotInstalled, PromptError
 from .identity import digest
 from .prompts import Prompt, load_prompts
 from .run_prompts import asked_text
 from .runfile import load_run
+from .runfolder import RunFolder
+from .schemas.config import RunConfig
 from .schemas.prompts import JsonlSource, ParquetSource
+from .schemas.rounds import RolloutRound
+from .store.cache import Cache
 
+PROMPT_COLUMNS = ("prompt_id", "messages", "task", "answer")
+"""Of a rollout shard, that a prompt is made of."""
 BLOCK = 1024
 """Texts whose embeddings, and whose cosines, are held at a time."""
 _ROUNDING = 1e-6
@@ -36,19 +44,61 @@ def file_source(path: Path) -> JsonlSource | ParquetSource:
 
 
 def prompts_of(named: Path) -> list[Prompt]:
-    """Prompts of a file; of a run file, those of its source and of its evaluation's.
+    """Prompts of a file; of a run file, those of its source, or of the rollouts that it takes, and
+    those of its evaluation's source.
 
     Raises:
-        PromptError: they cannot be read.
+        PromptError: they cannot be read, or are not recorded.
         ConfigError: it is no run file, for its suffix.
+        InputsMissing: the rollouts that it takes are not there.
     """
     if named.suffix not in (".yaml", ".yml"):
         return load_prompts(file_source(named)).prompts
     config = load_run(named)
-    sources = [config.prompts.source]
+    taken = [] if config.rollouts is None else _taken(config, Path(config.rollouts.from_))
+    sources = [] if config.rollouts is not None else [config.prompts.source]
     if config.evaluation is not None and config.evaluation.source is not None:
         sources.append(config.evaluation.source)
-    return [prompt for source in sources for prompt in load_prompts(source).prompts]
+    return [*taken, *(prompt for source in sources for prompt in load_prompts(source).prompts)]
+
+
+def _taken(config: RunConfig, other: Path) -> list[Prompt]:
+    """The prompts of the rollouts that a run takes from another."""
+    folder, cache = RunFolder(other, writes=False), Cache.there(config.cache)
+    found = dict[str, Prompt]()
+    for index in range(config.rounds):
+        for shard in folder.need(RolloutRound, index).shards:
+            table = cache.read_rollouts(cache.need_rollouts(shard), PROMPT_COLUMNS)
+            for key, prompt in recorded_prompts(table):
+                if prompt is None:
+                    raise PromptError(
+                        "its prompts' texts are not recorded, so nothing can be kept apart from "
+                        "them",
+                        where=f"rollout shard {shard.key[:12]} of {other}",
+                        remedy="name the file that they came from",
+                    )
+                found.setdefault(key, prompt)
+    return list(found.values())
+
+
+def recorded_prompts(
+    table: pa.Table, task: str | None = None
+) -> Iterator[tuple[str, Prompt | None]]:
+    """Key and prompt of every row; None where the chat is not recorded.
+
+    The key is a digest of text, task and answer, whatever the id, so that rounds and runs agree.
+    """
+    columns = [name for name in PROMPT_COLUMNS if name in table.column_names]
+    for number, row in enumerate(table.select(columns).to_pylist()):
+        its_task, answer = str(task or row["task"]), row.get("answer")
+        if row.get("messages") is None:
+            token_ids = table.column("prompt_token_ids")[number].as_py()
+            yield digest([its_task, token_ids, answer]), None
+            continue
+        chat = tuple((role, content) for role, content in json.loads(row["messages"]))
+        content = digest([its_task, chat])
+        prompt = Prompt(row["prompt_id"], chat, its_task, answer, content)
+        yield digest([content, answer]), prompt
 
 
 class Apart:

@@ -17,10 +17,9 @@ from pathlib import Path
 from typing import TextIO
 
 import numpy as np
-import pyarrow as pa
 from numpy.typing import NDArray
 
-from .apart import Apart, file_source
+from .apart import PROMPT_COLUMNS, Apart, file_source, recorded_prompts
 from .audit.blocks import Block, blocks
 from .audit.measures import Shared
 from .audit.targets import Target, of_run
@@ -30,8 +29,6 @@ from .prompts import Prompt, PromptSet, load_prompts
 from .run_prompts import asked_text
 from .schemas.selection import By, Range, Selection
 
-COLUMNS = ("prompt_id", "messages", "task", "answer")
-"""Of a rollout shard, that a prompt is made of."""
 BATCH = 4096
 """Prompts whose texts are held at a time."""
 MEASURES: tuple[By, ...] = ("likelihood", "overlap")
@@ -153,7 +150,7 @@ def _measured(
         for block in blocks(target.cache, shard):
             read += Counter(completions=block.table.num_rows, tokens=int(block.supervised.sum()))
             sums = {by: _by_row(block, values) for by, values in _values(block).items()}
-            for row, (key, prompt) in enumerate(_rows(block.table, choice.task)):
+            for row, (key, prompt) in enumerate(recorded_prompts(block.table, choice.task)):
                 if key not in found:
                     found[key] = Measured(_refused(prompt, apart))
                 for by, (sums_N, counts_N) in sums.items():
@@ -180,24 +177,6 @@ def _by_row(
     rows = block.rows[counted]
     sums_N = np.bincount(rows, weights=values_T[counted], minlength=num_rows)
     return sums_N.astype(np.float64), np.bincount(rows, minlength=num_rows)
-
-
-def _rows(table: pa.Table, task: str | None) -> Iterator[tuple[str, Prompt | None]]:
-    """Key and prompt of every row; None where the chat is not recorded.
-
-    The key is a digest of text, task and answer, whatever the id, so that rounds and runs agree.
-    """
-    columns = [name for name in COLUMNS if name in table.column_names]
-    for number, row in enumerate(table.select(columns).to_pylist()):
-        its_task, answer = str(task or row["task"]), row.get("answer")
-        if row.get("messages") is None:
-            token_ids = table.column("prompt_token_ids")[number].as_py()
-            yield digest([its_task, token_ids, answer]), None
-            continue
-        chat = tuple((role, content) for role, content in json.loads(row["messages"]))
-        content = digest([its_task, chat])
-        prompt = Prompt(row["prompt_id"], chat, its_task, answer, content)
-        yield digest([content, answer]), prompt
 
 
 def _refused(prompt: Prompt | None, apart: Apart) -> str | None:
@@ -266,7 +245,9 @@ def _prompts(
         if not left:
             return
         manifest = target.cache.need_rollouts(shard.scored.rollouts)
-        for key, prompt in _rows(target.cache.read_rollouts(manifest, COLUMNS), task):
+        for key, prompt in recorded_prompts(
+            target.cache.read_rollouts(manifest, PROMPT_COLUMNS), task
+        ):
             if key in left and prompt is not None:
                 left.remove(key)
                 yield key, prompt

@@ -230,6 +230,33 @@ def test_a_run_file_stands_for_its_training_and_its_evaluation_prompts(
     assert said.left_out == {f"also in {other.path}": 2}
 
 
+def test_a_run_file_that_takes_rollouts_stands_for_their_prompts(run: Made, tmp_path: Path) -> None:
+    theirs, given = make_run(tmp_path, "theirs"), distributions(2, 3)
+    add_round(theirs, 0, [given], tables=[rows(given, (TEXTS[1], TEXTS[4]))])
+    placeholder = {"type": "jsonl", "path": str(written(tmp_path, "p.jsonl", TEXTS[0]))}
+    taking = make_run(
+        tmp_path,
+        "taking",
+        rounds=1,
+        prompts={"source": placeholder},
+        rollouts={"from": str(theirs.folder.path)},
+    )
+
+    said, chosen = of(run, keep=1.0, apart_from=(taking.path,))
+
+    assert {asked(row) for row in chosen} == {TEXTS[0], TEXTS[2], TEXTS[3]}
+    assert said.left_out == {f"also in {taking.path}": 2}
+
+
+def test_rollouts_without_texts_cannot_be_kept_apart_from(run: Made, tmp_path: Path) -> None:
+    theirs, given = make_run(tmp_path, "theirs"), distributions(2)
+    add_round(theirs, 0, [given], tables=[rows(given, (None,))])
+    taking = make_run(tmp_path, "taking", rounds=1, rollouts={"from": str(theirs.folder.path)})
+
+    with pytest.raises(PromptError, match=r"texts are not recorded.*name the file"):
+        of(run, apart_from=(taking.path,))
+
+
 def test_others_are_added_as_a_task_of_their_own(run: Made, tmp_path: Path) -> None:
     other = written(tmp_path, "other.jsonl", "far away", "farther", TEXTS[0], "far away", task="x")
     apart_from = written(tmp_path, "evaluation.jsonl", "farther")
