@@ -7,10 +7,11 @@ import pytest
 
 from benchmarks.phenomena import common, new_knowledge, reverse, staleness, supports
 from opdcache.resolve import load_tokenizer
+from opdcache.run_prompts import RunPrompts
 from opdcache.runfile import load_run
 from opdcache.runfolder import RunFolder
 from opdcache.schemas.losses import imitates
-from opdcache.schemas.rounds import RolloutRound
+from opdcache.schemas.rounds import PromptScores, RolloutRound
 
 
 def bench(tmp_path: Path, model: Path, *words: str) -> common.Bench:
@@ -37,7 +38,7 @@ def test_every_run_file_of_the_experiments_can_be_read(
     tmp_path: Path, tiny_student: Path, asked: list[tuple[Any, ...]], dtype: str
 ) -> None:
     of = bench(tmp_path, tiny_student, "--dtype", dtype, "--tuning", "8", "--prompts", "2")
-    teachers = {"base": of.model, "taught": of.taught(), "idle": of.idle()}
+    teachers = {"base": of.model, "taught": of.taught, "idle": of.idle}
     new_knowledge.arm(of, "A", teachers["taught"], seed=1)
     reverse.preflight(of, teachers)
     named = {Path(word).stem for words in asked for word in words if str(word).endswith(".yaml")}
@@ -89,6 +90,64 @@ def test_a_lagged_learner_takes_the_rollouts_of_its_older_policies(
     assert learner.rollouts is not None
     pinned = RunFolder(Path(learner.rollouts.from_))
     assert [pinned.need(RolloutRound, i).round for i in range(4)] == [0, 1, 2, 3]
+    held_out = {
+        prompt.messages for prompt in of._prompts(of.asked.evaluated, common.EVALUATION_SEED)
+    }
+    for one in (*samplers, learner):
+        assert not held_out & {prompt.messages for prompt in RunPrompts(one).training.prompts}
+
+
+def test_an_import_that_was_stopped_is_made_and_other_answers_are_refused(
+    tmp_path: Path, tiny_student: Path, asked: list[tuple[Any, ...]]
+) -> None:
+    for _ in range(2):  # nothing is carried out, so nothing is imported the first time
+        assert bench(tmp_path, tiny_student, "--tuning", "8").taught
+    assert [words[:2] for words in asked].count(("cache", "import")) == 2
+    for more in (("--tuning", "9"), ("--tuning", "8", "--evaluated", "600")):
+        with pytest.raises(SystemExit, match="take another --out"):
+            assert bench(tmp_path, tiny_student, *more).taught
+
+
+def prompt_scores(name: str, *scores: float, failed: int = 0) -> PromptScores:
+    of = {"prompt_id": name, "task": "t", "num_truncated": 1, "num_failed": failed}
+    return PromptScores(scores=scores, **of)
+
+
+def test_seeds_are_pooled_by_prompt_and_only_of_the_same_prompts() -> None:
+    one = {0: [prompt_scores("a", 0, 1), prompt_scores("b", 1, 1)]}
+    other = {0: [prompt_scores("a", 1, 1, failed=2), prompt_scores("b", 0, 0)]}
+    (a, b) = common.pooled([one, other])[0]
+    assert (a.scores, a.num_truncated, a.num_failed) == ((0, 1, 1, 1), 2, 2)
+    assert b.scores == (1, 1, 0, 0)
+    with pytest.raises(SystemExit, match="not asked the same"):
+        common.pooled([one, {0: other[0][::-1]}])
+
+
+def test_the_gap_of_every_seed_is_that_to_its_own_teacher_a(
+    tmp_path: Path, tiny_student: Path, asked: list[tuple[Any, ...]], monkeypatch: Any
+) -> None:
+    teachers = {"A-0": 0.5, "B-0": 0.1, "A-1": 1.0, "B-1": 0.1}
+
+    def verified(out: Path, name: str) -> common.Scores:
+        after = 0.4 if name[0] == "A" else 0.0
+        return {
+            index: [prompt_scores("a", score), prompt_scores("b", score)]
+            for index, score in ((0, 0.0), (1, after), (None, teachers[name]))
+        }
+
+    told: dict[str, Any] = {}
+    monkeypatch.setattr(new_knowledge, "verified", verified)
+    monkeypatch.setattr(
+        new_knowledge, "by_round", lambda out, name: {"rounds": [], "findings": [], "minutes": 1.0}
+    )
+    monkeypatch.setattr(new_knowledge, "written", lambda bench, name, **of: told.update(of))
+    given = f"x --model {tiny_student} --out {tmp_path} --tuning 8 --seeds 0 1"
+    monkeypatch.setattr("sys.argv", given.split())
+    new_knowledge.main()
+    recoveries = [run["models"][1]["recovery"]["value"] for run in told["runs"]]
+    assert recoveries == pytest.approx([0.8, 0, 0.4, 0])
+    assert told["pooled"]["A"][1]["recovery"]["value"] == pytest.approx(0.4 / 0.75)
+    assert [run["own_teacher"]["mean_score"]["value"] for run in told["runs"]] == [0.5, 0.1, 1, 0.1]
 
 
 def test_no_prompt_that_is_asked_is_among_the_answers(tmp_path: Path, tiny_student: Path) -> None:

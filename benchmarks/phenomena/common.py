@@ -11,10 +11,10 @@ import os
 import re
 import subprocess
 import sys
-import time
 from argparse import ArgumentParser, Namespace
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +40,9 @@ EVALUATION_SEED = 1000
 
 
 def source(size: int, seed: int) -> dict[str, Any]:
-    """Prompts of the task."""
+    """Prompts of the task, more than are asked for: of some 4,000 problems many come twice."""
     name = {"type": "reasoning_gym", "dataset": "chain_sum"}
-    return {**name, "size": 2 * size, "seed": seed, "config": TERMS}  # many are copies
+    return {**name, "size": 3 * size, "seed": seed, "config": TERMS}
 
 
 def right(text: str, answer: str | None) -> float:
@@ -96,7 +96,7 @@ class Bench:
             "student": {"model": str(student)},
             "teacher": {"model": str(teacher), "dtype": asked.dtype},
             "prompts": {
-                "source": source(20 * asked.prompts * asked.rounds, 1 + seed),
+                "source": source(5 * asked.prompts * asked.rounds, 1 + seed),
                 "template": "raw",
                 "per_round": asked.prompts,
             },
@@ -153,16 +153,23 @@ class Bench:
         """A run's folder."""
         return RunFolder(self.out / name)
 
+    @cached_property
     def taught(self) -> Path:
         """The model tuned on right answers."""
         self.out.mkdir(parents=True, exist_ok=True)
-        rows = self.out / "answers.jsonl"
-        if not rows.exists():
-            rows.write_text("".join(json.dumps(row) + "\n" for row in self._answers()))
-            imported = ("--student", self.model, "--out", self.out / "answers")
-            opdcache("cache", "import", self.out / "cache", rows, *imported)
+        file, out = self.out / "answers.jsonl", self.folder("answers")
+        rows = "".join(json.dumps(row) + "\n" for row in self._answers())
+        if file.exists() and file.read_text() != rows:
+            raise SystemExit(f"{file}: of other --tuning or --evaluated; take another --out")
+        file.write_text(rows)
+        if out.find(RolloutRound, 0) is None:
+            opdcache(
+                *("cache", "import", self.out / "cache", file),
+                *("--student", self.model, "--out", out.path),
+            )
         return self._tuned("taught", "answers")
 
+    @cached_property
     def idle(self) -> Path:
         """The model tuned as much on completions of its own: it learns nothing."""
         prompts = {"source": source(self.asked.tuning, 0), "per_round": self.asked.tuning}
@@ -194,6 +201,8 @@ class Bench:
         tokenizer = load_tokenizer(self.model)
         held_out = {p.messages for p in self._prompts(self.asked.evaluated, EVALUATION_SEED)}
         prompts = [p for p in self._prompts(self.asked.tuning, 0) if p.messages not in held_out]
+        if len(prompts) < self.asked.tuning:
+            raise SystemExit(f"--tuning: there are {len(prompts):,} such prompts")
         prompts = prompts[: self.asked.tuning]
         looks = PromptsConfig(source=ReasoningGymSource(**source(1, 0)), template="raw")
         return [
@@ -230,6 +239,12 @@ def opdcache(*words: object, fine: Sequence[int] = (0,)) -> str:
     return done.stdout
 
 
+def divergence(out: Path, name: str) -> list[float]:
+    """Exact reverse KL of each round's student from the teacher, on its held-out completions."""
+    told = json.loads(opdcache("evaluate", out / f"{name}.yaml", "--json"))
+    return [one["reverse_kl"] for one in told["divergence"]]
+
+
 Scores = Mapping[int | None, Sequence[PromptScores]]
 """Of a run's rounds, and of its teacher (None), on the held-out prompts."""
 
@@ -249,17 +264,22 @@ def verified(out: Path, name: str) -> Scores:
 def pooled(runs: Sequence[Scores]) -> Scores:
     """Runs of other seeds as one: every prompt's completions of all of them."""
     return {
-        index: [
-            same[0].model_copy(
-                update={
-                    "scores": tuple(score for one in same for score in one.scores),
-                    "num_truncated": sum(one.num_truncated for one in same),
-                }
-            )
-            for same in zip(*(run[index] for run in runs), strict=True)
-        ]
+        index: [_joined(same) for same in zip(*(run[index] for run in runs), strict=True)]
         for index in runs[0]
     }
+
+
+def _joined(same: Sequence[PromptScores]) -> PromptScores:
+    """One prompt's completions of several runs."""
+    if len({one.prompt_id for one in same}) > 1:
+        raise SystemExit("the seeds were not asked the same held-out prompts")
+    return same[0].model_copy(
+        update={
+            "scores": tuple(score for one in same for score in one.scores),
+            "num_truncated": sum(one.num_truncated for one in same),
+            "num_failed": sum(one.num_failed for one in same),
+        }
+    )
 
 
 def compared(scores: Scores) -> list[dict[str, Any]]:
@@ -268,10 +288,11 @@ def compared(scores: Scores) -> list[dict[str, Any]]:
     return [one.model_dump(mode="json") for one in told]
 
 
-def by_round(out: Path, name: str) -> list[dict[str, Any]]:
-    """A run's rounds as the learner saw them, and as their rollouts were scored."""
+def by_round(out: Path, name: str) -> dict[str, Any]:
+    """A run's rounds as the learner saw them, and as their rollouts were scored; what the audit
+    finds; and the minutes that the stages took, without starting processes."""
     audit = json.loads(opdcache("audit", out / f"{name}.yaml", "--json", fine=(0, 3)))
-    folder, rows = RunFolder(out / name), []
+    folder, rows = RunFolder(out / name), list[dict[str, Any]]()
     metrics = folder.metrics()
     for part in audit["parts"]:
         seen, index = part["diagnostics"], part["round"]
@@ -288,7 +309,8 @@ def by_round(out: Path, name: str) -> list[dict[str, Any]]:
                 },
             }
         )
-    return rows
+    spent = sum(sum(row["seconds"].values()) for row in rows)
+    return {"rounds": rows, "findings": audit["findings"], "minutes": round(spent / 60, 1)}
 
 
 FIGURES = ("overlap", "overlap_mass_student", "overlap_mass_teacher", "overlap_advantage")
@@ -304,15 +326,3 @@ def written(bench: Bench, name: str, **results: Any) -> None:
     """Write an experiment's results, with its arguments, as JSON."""
     whole = {"arguments": {key: str(value) for key, value in vars(bench.asked).items()}, **results}
     (bench.out / f"{name}.json").write_text(json.dumps(whole, indent=1) + "\n")
-
-
-class Clock:
-    """Wall time since it was made."""
-
-    def __init__(self) -> None:
-        self._began = time.monotonic()
-
-    @property
-    def minutes(self) -> float:
-        """To a tenth."""
-        return round((time.monotonic() - self._began) / 60, 1)

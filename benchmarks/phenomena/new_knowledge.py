@@ -15,7 +15,6 @@ from typing import Any
 
 from .common import (
     Bench,
-    Clock,
     Scores,
     arguments,
     by_round,
@@ -26,6 +25,7 @@ from .common import (
 )
 from .plots import Values, lines, save
 
+ENDS = ("value", "low", "high")
 ARMS = {"A": "new knowledge", "B": "nothing new"}
 
 
@@ -39,30 +39,27 @@ def arm(bench: Bench, name: str, teacher: Path, seed: int) -> str:
 def main() -> None:
     """Tune the teachers, distil them, and write ``new_knowledge.json`` and ``.png``."""
     asked = arguments(__doc__).parse_args()
-    bench, clock = Bench(asked), Clock()
-    teachers = {"A": bench.taught(), "B": bench.idle()}
-    tuning_minutes = clock.minutes
+    bench, runs = Bench(asked), list[dict[str, Any]]()
+    teachers = {"A": bench.taught, "B": bench.idle}
     scores: dict[str, list[Scores]] = {name: [] for name in ARMS}
-    runs = list[dict[str, Any]]()
     for seed in asked.seeds:
-        clock = Clock()
         for name, teacher in teachers.items():
             run = arm(bench, name, teacher, seed)
             own = verified(bench.out, run)
-            # The gap of both arms is that to teacher A, who was the first.
-            scores[name].append({**own, None: (scores["A"][-1] if scores["A"] else own)[None]})
+            # The gap of both arms is that to teacher A, who comes first.
+            best = own[None] if name == "A" else scores["A"][-1][None]
+            scores[name].append({**own, None: best})
             runs.append(
                 {
                     "seed": seed,
                     "arm": name,
                     "models": compared(scores[name][-1]),
                     "own_teacher": compared(own)[-1],
-                    "rounds": by_round(bench.out, run),
+                    **by_round(bench.out, run),
                 }
             )
-        runs[-1]["minutes"] = clock.minutes
         every = {name: compared(pooled(of)) for name, of in scores.items()}
-        written(bench, "new_knowledge", tuning_minutes=tuning_minutes, pooled=every, runs=runs)
+        written(bench, "new_knowledge", pooled=every, runs=runs)
     for one in runs:
         about = f"seed {one['seed']}, teacher {one['arm']} ({ARMS[one['arm']]})"
         print(f"{about}: {said(one['models'])}")
@@ -75,10 +72,11 @@ def said(models: list[dict[str, Any]]) -> str:
     """What a student gained by its last round."""
     first, last, best = (models[i]["mean_score"] for i in (0, -2, -1))
     gained = models[-2]["recovery"]
+    shares = ("none" if gained[end] is None else f"{gained[end]:.0%}" for end in ENDS)
     return (
         f"accuracy {first['value']:.3f} -> {last['value']:.3f} [{last['low']:.3f}, "
-        f"{last['high']:.3f}], teacher A {best['value']:.3f}; gap recovery {gained['value']:.0%} "
-        f"[{gained['low']:.0%}, {gained['high']:.0%}]"
+        f"{last['high']:.3f}], teacher A {best['value']:.3f}; gap recovery "
+        + "{} [{}, {}]".format(*shares)
     )
 
 

@@ -10,8 +10,12 @@ Curves = Mapping[str, Sequence[tuple[str, Values]]]
 """By panel: name and values of each run."""
 
 
-def lines(curves: Curves, across: str) -> Figure:
-    """A figure with a panel of each; seeds are thin, their mean is thick."""
+def lines(curves: Curves, across: str, ticks: Sequence[str] | None = None) -> Figure:
+    """A figure with a panel of each; seeds are thin, their mean is thick.
+
+    Args:
+        ticks: what the places of the values are called; their numbers by default.
+    """
 
     figure = Figure(figsize=(3.4 * len(curves), 3.4), layout="constrained")
     axes = figure.subplots(1, len(curves), squeeze=False)
@@ -26,7 +30,10 @@ def lines(curves: Curves, across: str) -> Figure:
             mean = [_mean(place) for place in zip(*seeds, strict=True)]
             axis.plot(range(len(mean)), mean, marker="o", markersize=3, label=name, **style)
         axis.set(title=title, xlabel=across)
-        axis.xaxis.get_major_locator().set_params(integer=True)
+        if ticks is None:
+            axis.xaxis.get_major_locator().set_params(integer=True)
+        else:
+            axis.set_xticks(range(len(ticks)), ticks)
         axis.grid(alpha=0.3)
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)))

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .common import Bench, Clock, arguments, by_round, compared, opdcache, verified, written
+from .common import Bench, arguments, by_round, compared, opdcache, verified, written
 from .plots import Values, lines, save
 
 WEAK = {"base": "the model before", "idle": "tuned on its own answers"}
@@ -37,17 +37,15 @@ def main() -> None:
     """Compare, distil, and write ``reverse.json`` and ``.png``."""
     asked = arguments(__doc__).parse_args()
     bench, runs = Bench(asked), list[dict[str, Any]]()
-    taught, idle = bench.taught(), bench.idle()
+    taught, idle = bench.taught, bench.idle
     told = preflight(bench, {"base": bench.model, "idle": idle, "taught": taught})
     for seed in asked.seeds:
-        clock = Clock()
         for name, teacher in {"base": bench.model, "idle": idle}.items():
             run = f"reverse-{name}-{seed}"
             bench.run(run, bench.config(taught, teacher, seed))
             models = compared(verified(bench.out, run))
-            rounds = by_round(bench.out, run)
-            runs.append({"seed": seed, "teacher": name, "models": models, "rounds": rounds})
-        runs[-1]["minutes"] = clock.minutes
+            about = {"seed": seed, "teacher": name, "models": models}
+            runs.append({**about, **by_round(bench.out, run)})
         written(bench, "reverse", compare=told, runs=runs)
     for pair, shared in told.items():
         print(f"{pair}: {', '.join(one['verdict'] for one in shared)}")

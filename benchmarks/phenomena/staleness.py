@@ -3,22 +3,32 @@
     python -m benchmarks.phenomena.staleness --model demo/models/teacher --out new-knowledge
 
 Round r of a learner trains on completions that its own policy of round r - lag sampled (of round 0,
-where there is none), on prompts of its own; the teacher scores them as ever. All arms start alike,
-so what policy 0 samples is made once. The teacher is the model tuned on right answers (see
-``new_knowledge``, whose folder this one may share). Told at the end: the exact reverse KL to the
-teacher on fresh completions of held-out prompts, the accuracy, and how stale the tokens were (ESS).
+where there is none, so that the mean age is less than the lag: it is told); their prompts are drawn
+anew each round. All arms start alike, so what policy 0 samples is made once. The teacher is the
+model tuned on right answers (see ``new_knowledge``, whose folder this one may share). Told at the
+end: the exact reverse KL to the teacher on fresh completions of held-out prompts, the accuracy, and
+how stale the tokens were (ESS).
 
 ``student_topk`` looks at ids that the round's own policy recorded, so it has a lag of 0 alone.
 """
 
-import json
 import os
 from typing import Any
 
 from opdcache.jobs.processes import Processes
 from opdcache.schemas.rounds import RolloutRound
 
-from .common import ROOT, Bench, Clock, arguments, compared, opdcache, verified, weighted, written
+from .common import (
+    ROOT,
+    Bench,
+    arguments,
+    by_round,
+    compared,
+    divergence,
+    verified,
+    weighted,
+    written,
+)
 from .plots import lines, save
 
 LAGS = (0, 1, 2, 4)
@@ -42,7 +52,7 @@ class Lagged:
         self.name = f"lag{lag}-{loss.replace(', ', '-')}-{seed}"
         self._folder = bench.folder(self.name)
         self._sampled = bench.folder(f"{self.name}-sampled")
-        self._teacher = bench.taught()
+        self._teacher = bench.taught
 
     def train(self) -> None:
         """All rounds; what is done is not done again."""
@@ -50,7 +60,7 @@ class Lagged:
         taken = {"from": self._sampled.path.name}
         config = bench.config(bench.model, self._teacher, self._seed, rollouts=taken)
         config["train"]["loss"] = {"k": 16, **self._loss}
-        file = bench.file(self.name, config | {"evaluation": None})
+        file = bench.file(self.name, config | {"evaluation": self._reserved(config)})
         for index in range(asked.rounds):
             self._sample(index)
             for stage in ("rollout", "score", "train"):
@@ -64,28 +74,43 @@ class Lagged:
         config["prompts"]["per_round"] = 1
         file = bench.file(name, config)
         self._command("rollout", file, 0)
-        told = json.loads(opdcache("evaluate", file, "--json"))
         student, teacher = compared(verified(bench.out, name))
-        metrics = self._folder.metrics()
+        metrics, looked = self._folder.metrics(), by_round(bench.out, self.name)
+        sampled = (bench.folder(self._sampler(i)) for i in range(bench.asked.rounds))
+        sampling_s = sum(one.need(RolloutRound, 0).elapsed_s for one in sampled)
         return {
-            "reverse_kl": told["divergence"][0]["reverse_kl"],
+            "reverse_kl": divergence(bench.out, name)[0],
+            "mean_age": sum(min(i, self._lag) for i in range(bench.asked.rounds))
+            / bench.asked.rounds,
             "accuracy": student["mean_score"],
             "teacher": teacher["mean_score"],
             "ess": weighted(metrics, "ess"),
-            "curve": [row["reverse_kl_tail"] for row in metrics],
+            **looked,
+            "minutes": round(looked["minutes"] + sampling_s / 60, 1),
         }
+
+    def _sampler(self, index: int) -> str:
+        """Name of the run that samples for a round."""
+        return f"{self.name}-{index}"
+
+    @staticmethod
+    def _reserved(config: dict[str, Any]) -> dict[str, Any]:
+        """An evaluation whose prompts are kept from training, and of which one is asked."""
+        asked = config["evaluation"] | {"num_prompts": 1, "samples_per_prompt": 1}
+        return {key: value for key, value in asked.items() if key != "verifier"}
 
     def _sample(self, index: int) -> None:
         """Pin what the older policy samples as the learner's next round."""
         if self._sampled.find(RolloutRound, index) is not None:
             return
-        bench, sampler = self._bench, f"{self.name}-{index}"
+        bench, sampler = self._bench, self._sampler(index)
         age = max(0, index - self._lag)
         policy = self._folder.student_path(age) if age else bench.model
         # A seed a round, so that each has prompts of its own.
         config = bench.config(policy, self._teacher, 1000 * self._seed + index, rounds=1)
         config["prompts"]["source"] = config["prompts"]["source"] | {"seed": 1 + self._seed}
-        self._command("rollout", bench.file(sampler, config | {"evaluation": None}), 0)
+        config["evaluation"] = self._reserved(config)
+        self._command("rollout", bench.file(sampler, config), 0)
         sampled = bench.folder(sampler).need(RolloutRound, 0)
         self._sampled.write(sampled.model_copy(update={"round": index}))
 
@@ -108,19 +133,17 @@ def main() -> None:
     os.environ["PYTHONPATH"] = os.pathsep.join([os.environ.get("PYTHONPATH", ""), str(ROOT)])
     bench, runs, started = Bench(asked), list[dict[str, Any]](), Processes(with_vllm=True)
     for seed in asked.seeds:
-        clock = Clock()
         for loss in asked.losses:
             for lag in asked.lags if LOSSES[loss]["support"] != "student_topk" else (0,):
                 arm = Lagged(bench, loss, lag, seed, started)
                 arm.train()
                 runs.append({"seed": seed, "loss": loss, "lag": lag, **arm.end()})
-                runs[-1]["minutes"] = clock.minutes
                 written(bench, "staleness", runs=runs)
     for run in runs:
         print(
-            f"seed {run['seed']} {run['loss']}, {run['lag']} rounds old: reverse KL "
-            f"{run['reverse_kl']:.4f}, accuracy {run['accuracy']['value']:.3f}, "
-            f"ESS {run['ess']:.2f}"
+            f"seed {run['seed']} {run['loss']}, {run['lag']} rounds old ({run['mean_age']:.1f} in "
+            f"the mean): reverse KL {run['reverse_kl']:.4f}, accuracy "
+            f"{run['accuracy']['value']:.3f}, ESS {run['ess']:.2f}"
         )
     panels = {"reverse KL (nats)": "reverse_kl", "ESS": "ess"}
     curves = {
@@ -131,7 +154,8 @@ def main() -> None:
         ]
         for title, key in panels.items()
     }
-    save(lines(curves, "rollouts' age: 0, 1, 2, 4 rounds"), bench.out / "staleness.png")
+    ticks = [str(lag) for lag in asked.lags]
+    save(lines(curves, "lag of the rollouts, rounds", ticks), bench.out / "staleness.png")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ answers (see ``new_knowledge``, whose folder this one may share).
 from collections.abc import Callable
 from typing import Any
 
-from .common import Bench, Clock, arguments, by_round, compared, verified, written
+from .common import Bench, arguments, by_round, compared, divergence, verified, written
 from .plots import Values, lines, save
 
 FORM = {"direction": "reverse", "normalisation": "reference"}
@@ -26,7 +26,7 @@ LOSSES: dict[str, dict[str, Any]] = {
 def arm(bench: Bench, loss: str, seed: int) -> str:
     """Distil by a loss; the run's name."""
     run = f"{loss.replace(', k = ', '-')}-{seed}"
-    config = bench.config(bench.model, bench.taught(), seed, rollout={"student_topk": max(KS)})
+    config = bench.config(bench.model, bench.taught, seed, rollout={"student_topk": max(KS)})
     config["train"]["loss"] = LOSSES[loss]
     bench.run(run, config)
     return run
@@ -39,7 +39,6 @@ def main() -> None:
     asked = parser.parse_args()
     bench, runs = Bench(asked), list[dict[str, Any]]()
     for seed in asked.seeds:
-        clock = Clock()
         for loss in asked.losses:
             run = arm(bench, loss, seed)
             metrics = bench.folder(run).metrics()
@@ -48,10 +47,9 @@ def main() -> None:
                     "seed": seed,
                     "loss": loss,
                     "models": compared(verified(bench.out, run)),
-                    "rounds": by_round(bench.out, run),
-                    "curve": [row["reverse_kl_tail"] for row in metrics],
+                    "reverse_kl": divergence(bench.out, run),
                     "grad_norm": [row["grad_norm"] for row in metrics],
-                    "minutes": clock.minutes,
+                    **by_round(bench.out, run),
                 }
             )
             written(bench, "supports", runs=runs)
@@ -59,18 +57,16 @@ def main() -> None:
         last = one["models"][-2]["mean_score"]
         print(
             f"seed {one['seed']} {one['loss']}: accuracy {last['value']:.3f} "
-            f"[{last['low']:.3f}, {last['high']:.3f}], reverse KL {one['curve'][-1]:.4f}, "
+            f"[{last['low']:.3f}, {last['high']:.3f}], reverse KL {one['reverse_kl'][-1]:.4f}, "
             f"largest gradient {max(one['grad_norm']):.1f}"
         )
     panels: dict[str, Callable[[dict[str, Any]], Values]] = {
-        "accuracy (avg@4), by round": lambda of: [
-            m["mean_score"]["value"] for m in of["models"][:-1]
-        ],
-        "reverse KL (nats), by update": lambda of: of["curve"],
-        "overlap of the top 16, by round": lambda of: [r["overlap"] for r in of["rounds"]],
+        "accuracy (avg@4)": lambda of: [m["mean_score"]["value"] for m in of["models"][:-1]],
+        "exact reverse KL (nats)": lambda of: of["reverse_kl"],
+        "overlap of the top 16": lambda of: [r["overlap"] for r in of["rounds"]],
     }
     curves = {title: [(run["loss"], of(run)) for run in runs] for title, of in panels.items()}
-    save(lines(curves, ""), bench.out / "supports.png")
+    save(lines(curves, "policy rounds trained"), bench.out / "supports.png")
 
 
 if __name__ == "__main__":
