@@ -18,6 +18,8 @@ from transformers import (
     GPT2LMHeadModel,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 from opdcache.cli.main import cli
@@ -246,6 +248,27 @@ def test_lists_that_say_something_of_every_layer_follow(tmp_path: Path) -> None:
     with torch.no_grad():
         ids = torch.arange(20)[None]
         torch.testing.assert_close(copy(ids).logits, model(ids).logits)
+
+
+def test_layers_whose_loss_the_configuration_cannot_say_are_refused() -> None:
+    config = Qwen3MoeConfig(
+        vocab_size=TINY_VOCAB,
+        hidden_size=32,
+        intermediate_size=48,
+        moe_intermediate_size=16,
+        num_experts=2,
+        num_experts_per_tok=1,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        mlp_only_layers=[0],  # by index: without layer 0 it would be said of layer 1
+        pad_token_id=PAD_ID,
+    )
+
+    drop_layers(Qwen3MoeForCausalLM(config), (2,))
+    with pytest.raises(ModelError, match="cannot say which layers are left"):
+        drop_layers(Qwen3MoeForCausalLM(config), (0,))
 
 
 @pytest.mark.parametrize("layers", [(0, 1), (2,), (-1,)])
