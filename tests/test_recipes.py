@@ -24,7 +24,7 @@ from transformers import (
 
 from opdcache.cli.main import cli
 from opdcache.errors import ModelError, UsageError
-from opdcache.jobs.models import damage, drop_layers, round_weights
+from opdcache.jobs.models import damage, drop_layers, make_models, round_weights
 from opdcache.jobs.recipe_files import copy_recipe, recipes
 from opdcache.run_prompts import RunPrompts
 from opdcache.runfile import load_run
@@ -348,6 +348,16 @@ def test_a_rounded_copy_keeps_its_dtype_and_what_is_there_is_not_overwritten(
     with pytest.raises(UsageError, match="no damage is asked for"):
         damage(tmp_path / "whole", tmp_path / "another")
     assert not (tmp_path / "another").exists()
+
+
+def test_models_that_are_there_stay_as_they_are(tmp_path: Path) -> None:
+    for name in ("teacher", "student", "rounded"):
+        (tmp_path / "models" / name).mkdir(parents=True)
+
+    done = CliRunner().invoke(cli, ["recipes", "models", str(tmp_path)], standalone_mode=False)
+
+    assert done.output.split() == [str(p) for p in make_models(tmp_path / "models")]
+    assert [p for p in (tmp_path / "models").rglob("*") if not p.is_dir()] == []
 
 
 @pytest.fixture(scope="module")
