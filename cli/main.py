@@ -16,6 +16,7 @@ from . import (
     inspect,
     plan,
     prompts,
+    recipes,
     report,
     rollout,
     run,
@@ -38,7 +39,7 @@ def cli() -> None:
 
 _COMMANDS = (
     *(run, submit, plan, rollout, score, train, evaluate),
-    *(audit, inspect, compare, report, prompts, status, cache, demo),
+    *(audit, inspect, compare, report, prompts, status, cache, recipes, demo),
 )
 for module in _COMMANDS:
     cli.add_command(module.command)

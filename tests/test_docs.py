@@ -33,11 +33,12 @@ def test_every_command_is_in_the_docs(command: str) -> None:
     assert f"opdcache {command}" in text("docs/running.md")
 
 
-def test_every_cache_command_is_in_the_docs() -> None:
-    group = cli.commands["cache"]
+@pytest.mark.parametrize("group_name", ["cache", "recipes"])
+def test_every_command_of_a_group_is_in_the_docs(group_name: str) -> None:
+    group = cli.commands[group_name]
     assert isinstance(group, click.Group)
     for name in group.commands:
-        assert f"`opdcache cache {name} " in text("docs/running.md")
+        assert re.search(rf"`opdcache {group_name} {name}[ `]", text("docs/running.md"))
 
 
 def test_every_command_in_the_docs_exists() -> None:

@@ -383,7 +383,9 @@ def test_a_wheel_holds_the_recipes_the_templates_the_contract_and_the_type_marke
     built = set(wheel.namelist())
 
     assert "opdcache/py.typed" in built
-    assert {f"opdcache/jobs/recipes/{f.name}" for f in (ROOT / "jobs/recipes").iterdir()} <= built
+    recipes = {f.relative_to(ROOT) for f in (ROOT / "jobs/recipes").rglob("*") if f.is_file()}
+    assert len(recipes) > 10
+    assert {f"opdcache/{path}" for path in recipes} <= built
     templates = {f.name for f in (ROOT / "opdcache/audit/report/templates").iterdir()}
     assert {f"opdcache/audit/report/templates/{name}" for name in templates} <= built
     rendered = {f"opdcache/schemas/{f.name}" for f in (ROOT / "schemas").glob("*.json")}
