@@ -1,6 +1,8 @@
 """Recipes: run files for a purpose, a folder each of ``recipes/``, listed and copied."""
 
 import difflib
+import os
+from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib.resources import files
 from importlib.resources.abc import Traversable
@@ -45,12 +47,15 @@ def copy_recipe(name: str, folder: Path) -> list[Path]:
         )
     copies = {folder / file.name: file.read_text("utf-8") for file in _files(found[name])}
     for path in copies:
-        if path.exists():
+        if os.path.lexists(path):
             raise UsageError("is there already", where=path, remedy="choose another folder")
     folder.mkdir(parents=True, exist_ok=True)
-    for path, text in copies.items():
-        with path.open("x", encoding="utf-8") as file:
-            file.write(text)
+    with ExitStack() as undo:
+        for path, text in copies.items():
+            with path.open("x", encoding="utf-8") as file:
+                undo.callback(path.unlink)
+                file.write(text)
+        undo.pop_all()
     return list(copies)
 
 

@@ -2,12 +2,14 @@
 
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 import torch
 import yaml
@@ -29,11 +31,13 @@ from opdcache.jobs.recipe_files import copy_recipe, recipes
 from opdcache.run_prompts import RunPrompts
 from opdcache.runfile import load_run
 from opdcache.runfolder import RunFolder
+from opdcache.schemas.losses import imitates
 from opdcache.schemas.rounds import RolloutRound, ScoreRound, TrainRound
 
 from .conftest import PAD_ID, TINY_VOCAB, make_tiny_model
 
 ROOT = Path(__file__).parent.parent / "jobs" / "recipes"
+DOCS = Path(__file__).parent.parent / "docs"
 RUN_FILES = sorted(ROOT.glob("*/*.yaml"))
 HEADERS = {
     folder.name: "".join(
@@ -132,13 +136,65 @@ def test_one_folder_holds_all_recipes(tmp_path: Path) -> None:
     assert len(copied) == len(set(copied)) == len(list(tmp_path.iterdir()))
 
 
+def parse(line: str) -> None:
+    """Have click read a command, and not carry it out."""
+    name, *arguments = shlex.split(line, comments=True)
+    command = cli.commands[name]
+    if isinstance(command, click.Group) and arguments:
+        command = command.commands[arguments.pop(0)]
+    command.make_context(name, arguments)
+
+
+def test_the_commands_of_the_page_can_be_given() -> None:
+    page = re.sub(r"\\\n +", "", (DOCS / "recipes.md").read_text())
+    commands = re.findall(r"^opdcache (.*)", page, re.MULTILINE)
+
+    assert len(commands) > 20
+    for command in commands:
+        parse(command)
+
+
+def test_reverse_distillation_is_the_same_run_with_the_models_swapped() -> None:
+    forward, reverse = (
+        yaml.safe_load((ROOT / "reverse" / f"{name}.yaml").read_text())
+        for name in ("forward", "reverse")
+    )
+    models = forward["student"]["model"], forward["teacher"]["model"]
+    swapped = reverse["teacher"]["model"], reverse["student"]["model"]
+    for config in (forward, reverse):
+        del config["student"]["model"], config["teacher"]["model"]
+
+    assert models == swapped
+    assert forward == reverse
+
+
+def test_a_cold_start_samples_as_the_paper_does_and_drops_what_is_not_to_be_imitated() -> None:
+    sampling = load_run(ROOT / "cold-start" / "1-teacher.yaml").rollout.sampling
+    imitating = load_run(ROOT / "cold-start" / "2-sft.yaml").train
+
+    assert (sampling.temperature, sampling.top_p) == (0.7, 0.95)
+    assert set(imitating.drop) == {"truncated", "repetitive"}
+    assert imitates(imitating.loss)
+
+
+def test_a_copy_that_fails_leaves_nothing(tmp_path: Path) -> None:
+    (tmp_path / "rounded.yaml").symlink_to("gone")
+
+    with pytest.raises(UsageError, match=r"rounded\.yaml: is there already"):
+        copy_recipe("heal", tmp_path)
+
+    assert [path.name for path in tmp_path.iterdir()] == ["rounded.yaml"]
+
+
 @pytest.mark.parametrize("name", HEADERS)
 def test_the_commands_of_a_header_exist_and_so_do_their_files(name: str) -> None:
-    commands = re.findall(r"^#   opdcache ([a-z]+)(.*)", HEADERS[name], re.MULTILINE)
+    header = re.sub(r"\\\n# +", "", HEADERS[name])
+    commands = re.findall(r"^#   opdcache (.*)", header, re.MULTILINE)
 
     assert commands
-    assert {command for command, _ in commands} <= cli.commands.keys()
-    named = {file for _, rest in commands for file in re.findall(r"[\w-]+\.yaml", rest)}
+    for command in commands:
+        parse(command)
+    named = {file for command in commands for file in re.findall(r"[\w-]+\.yaml", command)}
     assert named <= {file.name for file in (ROOT / name).iterdir()}
     assert {file.name for file in (ROOT / name).glob("*.yaml")} - named == set()
 
