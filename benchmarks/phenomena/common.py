@@ -57,13 +57,13 @@ def arguments(what: str | None) -> ArgumentParser:
     parser.add_argument("--model", type=Path, required=True, help="SmolLM2-135M-Instruct's folder")
     parser.add_argument("--out", type=Path, required=True, help="folder of the runs and results")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--rounds", type=int, default=6)
-    parser.add_argument("--prompts", type=int, default=64, help="a round")
-    parser.add_argument("--samples", type=int, default=4, help="completions a prompt")
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--prompts", type=int, default=256, help="a round")
+    parser.add_argument("--samples", type=int, default=1, help="completions a prompt")
     parser.add_argument("--evaluated", type=int, default=200, help="held-out prompts")
     parser.add_argument("--tuning", type=int, default=2560, help="prompts that models are tuned on")
     parser.add_argument("--tuning-epochs", type=int, default=2)
-    parser.add_argument("--lr", type=float, default=5e-5)
+    parser.add_argument("--lr", type=float, default=1e-4)
     parser.add_argument(
         "--dtype", default="float32", help="bfloat16 is faster where the CPU has units for it"
     )
@@ -96,7 +96,7 @@ class Bench:
             "student": {"model": str(student)},
             "teacher": {"model": str(teacher), "dtype": asked.dtype},
             "prompts": {
-                "source": source(5 * asked.prompts * asked.rounds, 1 + seed),
+                "source": source(asked.prompts * asked.rounds, 1 + seed),
                 "template": "raw",
                 "per_round": asked.prompts,
             },
