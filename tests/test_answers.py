@@ -61,8 +61,7 @@ def test_an_answer_is_fed_behind_its_prompt_up_to_its_last_token(
     assert batch.sampled_T.tolist() == [3, 4, 5, 6, EOS, 7, EOS]
     assert batch.places_T.tolist() == [0, 1, 2, 3, 4, 0, 1]
     assert batch.sequences_T.tolist() == [0] * 5 + [1] * 2
-    assert batch.draw_ids_TN is not None
-    assert batch.draw_ids_TN[:, 0].tolist() == batch.sampled_T.tolist()
+    assert batch.draw_ids_TN is None
     if layout == "packed":
         assert batch.position_ids_BL is not None
         assert batch.position_ids_BL.tolist() == [[0, 1, 2, 3, 4, 5, 0, 1]]
