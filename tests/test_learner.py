@@ -89,8 +89,14 @@ def made_samples() -> list[Sample]:
 SAMPLES = made_samples()
 
 
-def write_rounds(cache_url: str, runs: Sequence[Path], samples: Sequence[Sample] = SAMPLES) -> None:
-    """Commit the samples as two shards, and pin them to both rounds of every run."""
+def write_rounds(
+    cache_url: str,
+    runs: Sequence[Path],
+    samples: Sequence[Sample] = SAMPLES,
+    unscored: Sequence[Path] = (),
+) -> None:
+    """Commit the samples as two shards, and pin them to both rounds of every run; of those that are
+    not scored without a score set."""
     cache = Cache(cache_url)
     shards, served = [], []
     for number, part in enumerate((samples[:4], samples[4:])):
@@ -107,7 +113,8 @@ def write_rounds(cache_url: str, runs: Sequence[Path], samples: Sequence[Sample]
         served.append([commit_scores(cache, shard, scores, ("topk",))])
     for run in runs:
         for round_index in range(ROUNDS):
-            for file in rounds(shards, served, round_index):
+            pinned = [() for _ in served] if run in unscored else served
+            for file in rounds(shards, pinned, round_index):
                 RunFolder(run).write(file)
 
 
@@ -483,7 +490,9 @@ def trained(
         DOUBLE_SHARED, base, students["tied"], share_prompts=True, micro_batch_tokens=TIGHT
     )
     configs[ONE_STOPPED] = run_config(ONE_STOPPED, base, students["tied"], zero_stage=1)
-    write_rounds(str(base / "cache"), [base / name for name in configs])
+    write_rounds(
+        str(base / "cache"), [base / name for name in configs], unscored=[base / "imitated"]
+    )
     whole = [job(configs[name]) for name in (*SINGLE, *BF16, "small-lr", "chosen")]
     more = ("widened", "mixed", "imitated")
     whole += [job(configs[name]) for name in (*OFFLOADED, *BF16_OFFLOADED, *more)]
@@ -629,7 +638,7 @@ def test_an_accelerator_makes_the_updates_of_a_plain_loop(
 def test_an_accelerator_imitates_as_a_plain_loop_does(tmp_path: Path, tiny_student: Path) -> None:
     assert torch.accelerator.is_available()
     config = imitating("run", tmp_path, tiny_student)
-    write_rounds(config["cache"], [tmp_path / "run"])
+    write_rounds(config["cache"], [tmp_path / "run"], unscored=[tmp_path / "run"])
     carry_out(tmp_path, "only", [job(config)], on_cpu=False)
     folder = RunFolder(tmp_path / "run")
     order = RoundSamples(Cache(config["cache"]), *_files(folder), K).order(5, 0, EPOCHS)
