@@ -57,7 +57,7 @@ def arguments(what: str | None) -> ArgumentParser:
     parser.add_argument("--model", type=Path, required=True, help="SmolLM2-135M-Instruct's folder")
     parser.add_argument("--out", type=Path, required=True, help="folder of the runs and results")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--prompts", type=int, default=256, help="a round")
     parser.add_argument("--samples", type=int, default=1, help="completions a prompt")
     parser.add_argument("--evaluated", type=int, default=200, help="held-out prompts")
