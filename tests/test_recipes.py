@@ -186,6 +186,23 @@ def test_a_copy_that_fails_leaves_nothing(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["rounded.yaml"]
 
 
+def test_a_copy_that_breaks_off_takes_back_what_it_wrote(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = Path.open
+
+    def full(path: Path, *how: Any, **more: Any) -> Any:
+        if path == tmp_path / "rounded.yaml":
+            raise OSError(28, "No space left on device")
+        return opened(path, *how, **more)
+
+    monkeypatch.setattr(Path, "open", full)
+    with pytest.raises(OSError, match="No space left"):
+        copy_recipe("heal", tmp_path)
+
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("name", HEADERS)
 def test_the_commands_of_a_header_exist_and_so_do_their_files(name: str) -> None:
     header = re.sub(r"\\\n# +", "", HEADERS[name])

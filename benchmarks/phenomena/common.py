@@ -172,7 +172,8 @@ class Bench:
     @cached_property
     def idle(self) -> Path:
         """The model tuned as much on completions of its own: it learns nothing."""
-        prompts = {"source": source(self.asked.tuning, 0), "per_round": self.asked.tuning}
+        num = self.asked.tuning
+        prompts = {"source": source(num, 0), "per_round": num, "max_epochs": 1}
         config = self.config(self.model, self.model, rounds=1, prompts=prompts)
         config["rollout"]["samples_per_prompt"] = 1
         self.run("own", config, "rollout")
@@ -227,16 +228,20 @@ def opdcache(*words: object, fine: Sequence[int] = (0,)) -> str:
     Args:
         fine: exit codes that are no failure.
     """
-    path = [*filter(None, [os.environ.get("PYTHONPATH")]), str(ROOT)]  # for the verifier
-    where = {"PYTHONPATH": os.pathsep.join(path)}
     command = [sys.executable, "-m", "opdcache.cli.main", *map(str, words)]
     print("$ opdcache", *words, file=sys.stderr, flush=True)
     done = subprocess.run(
-        command, env={**os.environ, **where}, stdout=subprocess.PIPE, text=True, check=False
+        command, env={**os.environ, **importable()}, stdout=subprocess.PIPE, text=True, check=False
     )
     if done.returncode not in fine:
         raise SystemExit(f"opdcache {words[0]}: exit code {done.returncode}")
     return done.stdout
+
+
+def importable() -> dict[str, str]:
+    """The variable by which other processes find the verifier."""
+    path = [*filter(None, [os.environ.get("PYTHONPATH")]), str(ROOT)]
+    return {"PYTHONPATH": os.pathsep.join(path)}
 
 
 def divergence(out: Path, name: str) -> list[float]:

@@ -23,7 +23,7 @@ from .common import (
     verified,
     written,
 )
-from .plots import Values, lines, save
+from .plots import Values, by_panel, lines, save
 
 ENDS = ("value", "low", "high")
 ARMS = {"A": "new knowledge", "B": "nothing new"}
@@ -88,10 +88,7 @@ def draw(bench: Bench, runs: list[dict[str, Any]]) -> None:
         "student's mass on it": lambda run: [r["overlap_mass_student"] for r in run["rounds"]],
         "entropy gap (nats)": lambda run: [r["entropy_gap"] for r in run["rounds"]],
     }
-    curves = {
-        title: [(f"teacher {run['arm']}: {ARMS[run['arm']]}", of(run)) for run in runs]
-        for title, of in panels.items()
-    }
+    curves = by_panel(panels, runs, lambda run: f"teacher {run['arm']}: {ARMS[run['arm']]}")
     save(lines(curves, "policy rounds trained"), bench.out / "new_knowledge.png")
 
 

@@ -1,13 +1,23 @@
 """Curves over rounds, a panel a figure; runs of the same name are seeds of one arm."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from matplotlib.figure import Figure
 
 Values = Sequence[float | None]
 Curves = Mapping[str, Sequence[tuple[str, Values]]]
 """By panel: name and values of each run."""
+
+
+def by_panel(
+    panels: Mapping[str, Callable[[dict[str, Any]], Values]],
+    runs: Sequence[dict[str, Any]],
+    name: Callable[[dict[str, Any]], str],
+) -> Curves:
+    """What each panel shows of each run."""
+    return {title: [(name(run), values(run)) for run in runs] for title, values in panels.items()}
 
 
 def lines(curves: Curves, across: str, ticks: Sequence[str] | None = None) -> Figure:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .common import Bench, arguments, by_round, compared, opdcache, verified, written
-from .plots import Values, lines, save
+from .plots import Values, by_panel, lines, save
 
 WEAK = {"base": "the model before", "idle": "tuned on its own answers"}
 
@@ -56,10 +56,7 @@ def main() -> None:
         "overlap of the top 16": lambda run: [r["overlap"] for r in run["rounds"]],
         "reverse KL (nats)": lambda run: [r["reverse_kl_tail"] for r in run["rounds"]],
     }
-    curves = {
-        title: [(f"from {WEAK[run['teacher']]}", of(run)) for run in runs]
-        for title, of in panels.items()
-    }
+    curves = by_panel(panels, runs, lambda run: f"from {WEAK[run['teacher']]}")
     save(lines(curves, "policy rounds trained"), bench.out / "reverse.png")
 
 

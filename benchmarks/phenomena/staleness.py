@@ -19,12 +19,12 @@ from opdcache.jobs.processes import Processes
 from opdcache.schemas.rounds import RolloutRound
 
 from .common import (
-    ROOT,
     Bench,
     arguments,
     by_round,
     compared,
     divergence,
+    importable,
     verified,
     weighted,
     written,
@@ -106,7 +106,7 @@ class Lagged:
         bench, sampler = self._bench, self._sampler(index)
         age = max(0, index - self._lag)
         policy = self._folder.student_path(age) if age else bench.model
-        # A seed a round, so that each has prompts of its own.
+        # A seed a round, so that its prompts are drawn anew.
         config = bench.config(policy, self._teacher, 1000 * self._seed + index, rounds=1)
         config["prompts"]["source"] = config["prompts"]["source"] | {"seed": 1 + self._seed}
         config["evaluation"] = self._reserved(config)
@@ -117,7 +117,8 @@ class Lagged:
     def _command(self, stage: str, file: object, index: int) -> None:
         threads = os.environ.get("OMP_NUM_THREADS", str(os.cpu_count()))
         process = self._started.start(
-            [stage, str(file), "--round", str(index)], {"OMP_NUM_THREADS": threads}
+            [stage, str(file), "--round", str(index)],
+            {"OMP_NUM_THREADS": threads, **importable()},
         )
         process.join()
         if process.exitcode:
@@ -130,7 +131,6 @@ def main() -> None:
     parser.add_argument("--losses", nargs="+", default=list(LOSSES), choices=list(LOSSES))
     parser.add_argument("--lags", nargs="+", type=int, default=list(LAGS))
     asked = parser.parse_args()
-    os.environ["PYTHONPATH"] = os.pathsep.join([os.environ.get("PYTHONPATH", ""), str(ROOT)])
     bench, runs, started = Bench(asked), list[dict[str, Any]](), Processes(with_vllm=True)
     for seed in asked.seeds:
         for loss in asked.losses:

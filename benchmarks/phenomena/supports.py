@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from .common import Bench, arguments, by_round, compared, divergence, verified, written
-from .plots import Values, lines, save
+from .plots import Values, by_panel, lines, save
 
 FORM = {"direction": "reverse", "normalisation": "reference"}
 SUPPORTS = ("overlap", "student_topk", "teacher_topk", "union", "symmetric_difference")
@@ -65,7 +65,7 @@ def main() -> None:
         "exact reverse KL (nats)": lambda of: of["reverse_kl"],
         "overlap of the top 16": lambda of: [r["overlap"] for r in of["rounds"]],
     }
-    curves = {title: [(run["loss"], of(run)) for run in runs] for title, of in panels.items()}
+    curves = by_panel(panels, runs, lambda run: str(run["loss"]))
     save(lines(curves, "policy rounds trained"), bench.out / "supports.png")
 
 
