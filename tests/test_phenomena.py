@@ -38,15 +38,17 @@ def test_every_run_file_of_the_experiments_can_be_read(
     tmp_path: Path, tiny_student: Path, asked: list[tuple[Any, ...]], dtype: str
 ) -> None:
     of = bench(tmp_path, tiny_student, "--dtype", dtype, "--tuning", "8", "--prompts", "2")
+    of.asked.direction = "reverse"
     teachers = {"base": of.model, "taught": of.taught, "idle": of.idle}
-    new_knowledge.arm(of, "A", teachers["taught"], seed=1)
+    name = new_knowledge.arm(of, "A", teachers["taught"], seed=1)
     reverse.preflight(of, teachers)
     named = {Path(word).stem for words in asked for word in words if str(word).endswith(".yaml")}
-    assert named == {"taught", "own", "idle", "A-1", "preflight"}
+    assert named == {"taught", "own", "idle", name, "preflight"}
     loaded = {name: load_run(tmp_path / f"{name}.yaml") for name in named}
     imitating = {name for name, one in loaded.items() if imitates(one.train.loss)}
     assert imitating == {"taught", "idle"}
-    assert loaded["A-1"].seed == 1
+    assert (name, loaded[name].seed) == ("A-reverse-1", 1)
+    assert loaded[name].train.loss.direction == "reverse"
     assert {one.cache for one in loaded.values()} == {str(tmp_path / "cache")}
     assert teachers["taught"] == RunFolder(tmp_path / "taught").student_path(1)
 
@@ -126,7 +128,7 @@ def test_seeds_are_pooled_by_prompt_and_only_of_the_same_prompts() -> None:
 def test_the_gap_of_every_seed_is_that_to_its_own_teacher_a(
     tmp_path: Path, tiny_student: Path, asked: list[tuple[Any, ...]], monkeypatch: Any
 ) -> None:
-    teachers = {"A-0": 0.5, "B-0": 0.1, "A-1": 1.0, "B-1": 0.1}
+    teachers = {"A-forward-0": 0.5, "B-forward-0": 0.1, "A-forward-1": 1.0, "B-forward-1": 0.1}
 
     def verified(out: Path, name: str) -> common.Scores:
         after = 0.4 if name[0] == "A" else 0.0

@@ -12,7 +12,7 @@ import re
 import subprocess
 import sys
 from argparse import ArgumentParser, Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,9 +21,11 @@ from typing import Any
 import yaml
 
 from opdcache.accuracy import Answered, accuracies
+from opdcache.measured import size_bytes
 from opdcache.prompts import load_prompts, render
 from opdcache.resolve import load_tokenizer
 from opdcache.runfolder import RunFolder
+from opdcache.schemas.manifests import ScoreManifest
 from opdcache.schemas.prompts import PromptsConfig, ReasoningGymSource
 from opdcache.schemas.rounds import (
     AccuracyRound,
@@ -33,10 +35,14 @@ from opdcache.schemas.rounds import (
     TeacherAccuracy,
     TrainRound,
 )
+from opdcache.store.cache import Cache
 
 ROOT = Path(__file__).parents[2]
 TERMS = {"min_terms": 3, "max_terms": 3, "min_digits": 1, "max_digits": 1}
+POOL = 5120
+"""Prompts that a run's rounds walk through, however many it has: tuned models serve all runs."""
 EVALUATION_SEED = 1000
+IMITATION = {"support": "sampled", "direction": "forward", "normalisation": "none"}
 
 
 def source(size: int, seed: int) -> dict[str, Any]:
@@ -57,7 +63,7 @@ def arguments(what: str | None) -> ArgumentParser:
     parser.add_argument("--model", type=Path, required=True, help="SmolLM2-135M-Instruct's folder")
     parser.add_argument("--out", type=Path, required=True, help="folder of the runs and results")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--rounds", type=int, default=16)
     parser.add_argument("--prompts", type=int, default=256, help="a round")
     parser.add_argument("--samples", type=int, default=1, help="completions a prompt")
     parser.add_argument("--evaluated", type=int, default=200, help="held-out prompts")
@@ -96,7 +102,7 @@ class Bench:
             "student": {"model": str(student)},
             "teacher": {"model": str(teacher), "dtype": asked.dtype},
             "prompts": {
-                "source": source(asked.prompts * asked.rounds, 1 + seed),
+                "source": source(POOL, 1 + seed),
                 "template": "raw",
                 "per_round": asked.prompts,
             },
@@ -189,7 +195,7 @@ class Bench:
             score={"columns": []},
             evaluation=None,
             train={
-                "loss": {"support": "sampled", "direction": "forward", "normalisation": "none"},
+                "loss": IMITATION,
                 "optimizer": {"lr": 1e-4, "warmup_updates": 5, "schedule": "linear"},
                 "share_prompts": False,
                 "epochs": self.asked.tuning_epochs,
@@ -242,6 +248,26 @@ def importable() -> dict[str, str]:
     """The variable by which other processes find the verifier."""
     path = [*filter(None, [os.environ.get("PYTHONPATH")]), str(ROOT)]
     return {"PYTHONPATH": os.pathsep.join(path)}
+
+
+def reserved(config: dict[str, Any]) -> dict[str, Any]:
+    """An evaluation whose prompts are kept from training, and of which one is asked a round."""
+    asked = config["evaluation"] | {"num_prompts": 1, "samples_per_prompt": 1}
+    return {key: value for key, value in asked.items() if key != "verifier"}
+
+
+def ended(bench: Bench, name: str, teacher: Path) -> dict[str, Any]:
+    """A run's last student on held-out prompts, where its rounds only kept them from training."""
+    run = f"{name}-end"
+    config = bench.config(bench.folder(name).student_path(bench.asked.rounds), teacher, rounds=1)
+    config["prompts"]["per_round"] = 1
+    bench.run(run, config, "rollout")
+    student, best = compared(verified(bench.out, run))
+    return {
+        "reverse_kl": divergence(bench.out, run)[0],
+        "accuracy": student["mean_score"],
+        "teacher": best["mean_score"],
+    }
 
 
 def divergence(out: Path, name: str) -> list[float]:
@@ -306,7 +332,8 @@ def by_round(out: Path, name: str) -> dict[str, Any]:
             {
                 "round": index,
                 **{f: seen[f] for f in FIGURES},
-                **{f: weighted(trained, f) for f in ("entropy_gap", "ess", "reverse_kl_tail")},
+                **{name: weighted(trained, name) for name in METRICS},
+                "largest_gradient": max(row["grad_norm"] for row in trained),
                 "seconds": {
                     "rollout": folder.need(RolloutRound, index).elapsed_s,
                     "score": folder.need(ScoreRound, index).elapsed_s,
@@ -318,6 +345,21 @@ def by_round(out: Path, name: str) -> dict[str, Any]:
     return {"rounds": rows, "findings": audit["findings"], "minutes": round(spent / 60, 1)}
 
 
+def manifests(scores: ScoreRound, cache: Cache) -> Iterator[ScoreManifest]:
+    """Of the score sets that a round trains on."""
+    for shard in scores.shards:
+        keys = {served.key for served in shard.served}
+        for one in cache.score_sets(shard.content, shard.teacher):
+            if one.key in keys:
+                yield one
+
+
+def stored(scores: ScoreRound, cache: Cache) -> int:
+    """Bytes of the score sets that a round trains on."""
+    return sum(size_bytes(one) for one in manifests(scores, cache))
+
+
+METRICS = ("student_entropy", "entropy_gap", "ess", "reverse_kl_tail")
 FIGURES = ("overlap", "overlap_mass_student", "overlap_mass_teacher", "overlap_advantage")
 
 

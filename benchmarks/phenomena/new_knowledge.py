@@ -5,8 +5,9 @@
 
 The student is SmolLM2-135M-Instruct on sums of three digits, which it mostly fails. Teacher A is
 the student tuned on right answers; teacher B is the student tuned as much on answers of its own.
-Both distil into the same student on the same prompts for as many rounds. The gap of both is that to
-teacher A, on prompts that nobody was tuned or trained on; intervals are bootstraps over them.
+Both distil into the same student on the same prompts for as many rounds, by forward or reverse KL
+on the teacher's top 16 with a tail. The gap of both is that to teacher A, on prompts that nobody
+was tuned or trained on; intervals are bootstraps over them.
 """
 
 from collections.abc import Callable
@@ -25,20 +26,29 @@ from .common import (
 )
 from .plots import Values, by_panel, lines, save
 
+SAMPLES = 2
+"""Answers a held-out prompt: they are most of what a round samples."""
 ENDS = ("value", "low", "high")
 ARMS = {"A": "new knowledge", "B": "nothing new"}
+DIRECTIONS = ("forward", "reverse")
 
 
 def arm(bench: Bench, name: str, teacher: Path, seed: int) -> str:
     """Distil a teacher; the run's name."""
-    run = f"{name}-{seed}"
-    bench.run(run, bench.config(bench.model, teacher, seed))
+    direction = bench.asked.direction
+    run = f"{name}-{direction}-{seed}"
+    answers = {"samples_per_prompt": SAMPLES}
+    config = bench.config(bench.model, teacher, seed, evaluation=answers)
+    config["train"]["loss"] |= {"direction": direction}
+    bench.run(run, config)
     return run
 
 
 def main() -> None:
-    """Tune the teachers, distil them, and write ``new_knowledge.json`` and ``.png``."""
-    asked = arguments(__doc__).parse_args()
+    """Tune the teachers, distil them, and write ``new_knowledge-DIRECTION.json`` and ``.png``."""
+    parser = arguments(__doc__)
+    parser.add_argument("--direction", choices=DIRECTIONS, default="forward")
+    asked = parser.parse_args()
     bench, runs = Bench(asked), list[dict[str, Any]]()
     teachers = {"A": bench.taught, "B": bench.idle}
     scores: dict[str, list[Scores]] = {name: [] for name in ARMS}
@@ -59,7 +69,7 @@ def main() -> None:
                 }
             )
         every = {name: compared(pooled(of)) for name, of in scores.items()}
-        written(bench, "new_knowledge", pooled=every, runs=runs)
+        written(bench, f"new_knowledge-{asked.direction}", pooled=every, runs=runs)
     for one in runs:
         about = f"seed {one['seed']}, teacher {one['arm']} ({ARMS[one['arm']]})"
         print(f"{about}: {said(one['models'])}")
@@ -83,13 +93,16 @@ def said(models: list[dict[str, Any]]) -> str:
 def draw(bench: Bench, runs: list[dict[str, Any]]) -> None:
     """A panel of accuracy, and one of each diagnostic, by round."""
     panels: dict[str, Callable[[dict[str, Any]], Values]] = {
-        "accuracy (avg@4)": lambda run: [m["mean_score"]["value"] for m in run["models"][:-1]],
+        f"accuracy (avg@{SAMPLES})": lambda run: [
+            m["mean_score"]["value"] for m in run["models"][:-1]
+        ],
         "overlap of the top 16": lambda run: [r["overlap"] for r in run["rounds"]],
         "student's mass on it": lambda run: [r["overlap_mass_student"] for r in run["rounds"]],
         "entropy gap (nats)": lambda run: [r["entropy_gap"] for r in run["rounds"]],
     }
     curves = by_panel(panels, runs, lambda run: f"teacher {run['arm']}: {ARMS[run['arm']]}")
-    save(lines(curves, "policy rounds trained"), bench.out / "new_knowledge.png")
+    file = bench.out / f"new_knowledge-{bench.asked.direction}.png"
+    save(lines(curves, "policy rounds trained"), file)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,33 @@
-"""Curves over rounds, a panel a figure; runs of the same name are seeds of one arm."""
+"""Curves, a panel a figure; runs of the same name are seeds of one arm."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 Values = Sequence[float | None]
 Curves = Mapping[str, Sequence[tuple[str, Values]]]
 """By panel: name and values of each run."""
+
+
+@dataclass(frozen=True, slots=True)
+class Panel:
+    """What one panel shows: name, places and values of each run.
+
+    Attributes:
+        across: what the places are.
+        ticks: what the places are called, where they are 0, 1, …; their numbers by default.
+        logarithmic: whether the places are drawn by their logarithm.
+    """
+
+    title: str
+    across: str
+    runs: Sequence[tuple[str, Sequence[float], Values]]
+    ticks: Sequence[str] | None = None
+    logarithmic: bool = False
 
 
 def by_panel(
@@ -21,31 +40,44 @@ def by_panel(
 
 
 def lines(curves: Curves, across: str, ticks: Sequence[str] | None = None) -> Figure:
-    """A figure with a panel of each; seeds are thin, their mean is thick.
+    """A figure of values at 0, 1, …; see ``drawn``."""
+    figure = drawn(
+        [
+            Panel(title, across, [(name, range(len(of)), of) for name, of in runs], ticks)
+            for title, runs in curves.items()
+        ]
+    )
+    for axis in figure.axes if ticks is None else ():
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    return figure
 
-    Args:
-        ticks: what the places of the values are called; their numbers by default.
-    """
 
-    figure = Figure(figsize=(3.4 * len(curves), 3.4), layout="constrained")
-    axes = figure.subplots(1, len(curves), squeeze=False)
-    for axis, (title, runs) in zip(axes[0], curves.items(), strict=True):
-        arms: dict[str, list[Values]] = {}
-        for name, values in runs:
-            arms.setdefault(name, []).append(values)
+def drawn(panels: Sequence[Panel]) -> Figure:
+    """A figure with the panels; seeds are thin, their mean is thick."""
+    figure = Figure(figsize=(3.4 * len(panels), 3.4), layout="constrained")
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axis, panel in zip(axes, panels, strict=True):
+        arms: dict[str, list[tuple[Sequence[float], Values]]] = {}
+        for name, places, values in panel.runs:
+            arms.setdefault(name, []).append((places, values))
         for colour, (name, seeds) in enumerate(arms.items()):
             style = {"color": f"C{colour}"}
-            for values in seeds if len(seeds) > 1 else ():
-                axis.plot(range(len(values)), values, alpha=0.35, linewidth=0.8, **style)
-            mean = [_mean(place) for place in zip(*seeds, strict=True)]
-            axis.plot(range(len(mean)), mean, marker="o", markersize=3, label=name, **style)
-        axis.set(title=title, xlabel=across)
-        if ticks is None:
-            axis.xaxis.get_major_locator().set_params(integer=True)
-        else:
-            axis.set_xticks(range(len(ticks)), ticks)
+            for places, values in seeds if len(seeds) > 1 else ():
+                axis.plot(places, values, alpha=0.35, linewidth=0.8, **style)
+            axis.plot(
+                *map(_means, zip(*seeds, strict=True)),
+                marker="o",
+                markersize=3,
+                label=name,
+                **style,
+            )
+        axis.set(title=panel.title, xlabel=panel.across)
+        if panel.logarithmic:
+            axis.set_xscale("log")
+        elif panel.ticks is not None:
+            axis.set_xticks(range(len(panel.ticks)), panel.ticks)
         axis.grid(alpha=0.3)
-    handles, labels = axes[0][0].get_legend_handles_labels()
+    handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)))
     return figure
 
@@ -53,6 +85,11 @@ def lines(curves: Curves, across: str, ticks: Sequence[str] | None = None) -> Fi
 def save(figure: Figure, path: Path) -> None:
     """Write a figure as PNG."""
     figure.savefig(path, dpi=120)
+
+
+def _means(seeds: Sequence[Values]) -> list[float | None]:
+    """The mean over seeds at each place."""
+    return [_mean(at) for at in zip(*seeds, strict=True)]
 
 
 def _mean(values: Values) -> float | None:
