@@ -1,17 +1,40 @@
 """The experiments' run files, and how their answers are judged."""
 
+import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
-from benchmarks.phenomena import common, new_knowledge, reverse, staleness, supports
+from benchmarks.phenomena import (
+    cold_start,
+    common,
+    damaged,
+    horizon,
+    new_knowledge,
+    reverse,
+    staleness,
+    supports,
+    truncation,
+)
+from benchmarks.phenomena.plots import Panel, drawn
+from opdcache.identity import key_of
 from opdcache.resolve import load_tokenizer
 from opdcache.run_prompts import RunPrompts
 from opdcache.runfile import load_run
 from opdcache.runfolder import RunFolder
+from opdcache.schemas.config import RunConfig
 from opdcache.schemas.losses import imitates
-from opdcache.schemas.rounds import PromptScores, RolloutRound
+from opdcache.schemas.manifests import ScoreManifest
+from opdcache.schemas.rounds import PromptScores, RolloutRound, ServedColumns, TrainRound
+from opdcache.score.teacher import Sequences
+from opdcache.store.cache import Cache, as_listed
+
+from . import shards
+from .handmade import rounds
 
 
 def bench(tmp_path: Path, model: Path, *words: str) -> common.Bench:
@@ -30,6 +53,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
 
     monkeypatch.setattr(common, "opdcache", note)
     monkeypatch.setattr(reverse, "opdcache", note)
+    monkeypatch.setattr(damaged, "opdcache", note)
     return given
 
 
@@ -51,6 +75,197 @@ def test_every_run_file_of_the_experiments_can_be_read(
     assert loaded[name].train.loss.direction == "reverse"
     assert {one.cache for one in loaded.values()} == {str(tmp_path / "cache")}
     assert teachers["taught"] == RunFolder(tmp_path / "taught").student_path(1)
+
+
+def test_a_cold_start_costs_as_many_completions_as_it_saves(
+    tmp_path: Path, tiny_student: Path, asked: list[tuple[Any, ...]]
+) -> None:
+    of = bench(tmp_path, tiny_student, "--tuning", "8", "--prompts", "4", "--rounds", "7")
+    (alone,) = cold_start.without(of, tiny_student, seed=1)
+    names = cold_start.with_one(of, tiny_student, seed=1)
+    without, sampler, sft, then = (load_run(tmp_path / f"{name}.yaml") for name in (alone, *names))
+
+    def completions(run: RunConfig) -> int:
+        return run.rounds * run.prompts.per_round * run.rollout.samples_per_prompt
+
+    assert completions(sampler) + completions(then) == completions(without) == 6 * 4
+    assert (sampler.student.model, then.student.model) == (
+        str(of.taught),
+        str(RunFolder(tmp_path / names[1]).student_path(1)),
+    )
+    assert imitates(sft.train.loss)
+    assert sft.train.epochs == 1
+    assert sft.rollouts is not None
+    assert Path(sft.rollouts.from_) == tmp_path / names[0]
+
+
+def test_runs_one_after_the_other_share_a_student() -> None:
+    def of(**scores: float) -> common.Scores:
+        teacher = {None: [prompt_scores("a", scores.pop("teacher"))]}
+        return dict(enumerate([prompt_scores("a", score)] for score in scores.values())) | teacher
+
+    joined = cold_start.one_after_another(
+        [of(before=0.1, warm=0.4, teacher=1.0), of(warm=0.4, after=0.7, teacher=1.0)]
+    )
+    assert [joined[i][0].scores[0] for i in (0, 1, 2, None)] == [0.1, 0.4, 0.7, 1.0]
+    assert len(joined) == 4
+    assert common.compared(joined)[2]["recovery"]["value"] == pytest.approx(0.6 / 0.9)
+
+
+def test_a_cold_start_is_told_by_the_tokens_that_all_its_runs_trained_on(
+    tmp_path: Path, tiny_student: Path, asked: list[tuple[Any, ...]], monkeypatch: Any
+) -> None:
+    of = bench(tmp_path, tiny_student)
+    rollouts = RolloutRound(round=0, student="s", shards=(), dropped={}, elapsed_s=30)
+    trained = TrainRound(
+        round=0, student="s", num_updates=1, num_samples=1, num_tokens=7, dropped={}, elapsed_s=60
+    )
+    for name, num_rounds in {"sampler": 0, "sft": 1, "then": 2}.items():
+        for index in range(max(1, num_rounds)):
+            of.folder(name).write(rollouts.model_copy(update={"round": index}))
+            if num_rounds:
+                of.folder(name).write(trained.model_copy(update={"round": index}))
+    monkeypatch.setattr(
+        cold_start,
+        "verified",
+        lambda out, name: {
+            i: [prompt_scores("a", 0.5)] for i in (*range({"sft": 2, "then": 3}[name]), None)
+        },
+    )
+    told = cold_start.told(of, ["sampler", "sft", "then"])
+    assert told["tokens"] == [0, 7, 14, 21]
+    assert len(told["models"]) == 4 + 1
+    assert told["minutes"] == (4 * 30 + 3 * 60) / 60
+
+
+def test_a_horizon_is_all_that_is_sampled_and_none_of_what_is_held_out(
+    tmp_path: Path, tiny_student: Path, asked: list[tuple[Any, ...]]
+) -> None:
+    run = horizon.arm(bench(tmp_path, tiny_student), 0.25, seed=3)
+    loaded = load_run(tmp_path / f"{run}.yaml")
+    assert (run, loaded.rollout.sampling.max_tokens) == ("first-25-3", horizon.LENGTH // 4)
+    assert loaded.evaluation is not None
+    assert loaded.evaluation.sampling.max_tokens == horizon.LENGTH
+    assert asked[0][:2] == ("recipes", "damage")
+    prompts = RunPrompts(loaded)
+    held_out = {prompt.messages for prompt in prompts.held_out.prompts}
+    assert held_out
+    assert not held_out & {prompt.messages for prompt in prompts.training.prompts}
+
+
+def scored_round(folder: RunFolder, cache: Cache, k: int, index: int = 0) -> int:
+    """Pin a round of three tokens with two prompts of two, and its scores; their bytes."""
+    rollouts = cache.rollouts(key_of(shards.rollout_identity()))
+    shard = as_listed(rollouts or shards.commit_rollouts(cache), cached=False)
+    scores = shards.commit_scores(cache, cache.need_rollouts(shard), "topk", k=k)
+    served = ServedColumns(key=scores.key, columns=("topk",))
+    for one in rounds([shard], [[served]], index):
+        folder.write(one)
+    return sum(path.stat().st_size for path in cache_files(cache, scores))
+
+
+def cache_files(cache: Cache, scores: ScoreManifest) -> list[Path]:
+    """The objects of a score set."""
+    root = Path(cache.objects.url.removeprefix("file://"))
+    found = [path for path in root.rglob("*") if scores.attempt in path.parts and path.is_file()]
+    assert len(found) == len(scores.objects)
+    return found
+
+
+def test_bytes_are_those_of_the_score_set_that_serves_a_round(tmp_path: Path) -> None:
+    cache = Cache(str(tmp_path / "cache"))
+    few, many = RunFolder(tmp_path / "few"), RunFolder(tmp_path / "many")
+    sizes = [scored_round(few, cache, 4), scored_round(many, cache, 16)]
+    assert sizes[0] < sizes[1]
+    assert [
+        truncation.bytes_per_token(few, cache, 4),
+        truncation.bytes_per_token(many, cache, 16),
+    ] == [sizes[0] / 3, sizes[1] / 3]
+    with pytest.raises(SystemExit, match="more entries serves it"):
+        truncation.bytes_per_token(many, cache, 4)
+
+
+def test_what_a_horizon_costs_adds_up_over_its_rounds(tmp_path: Path) -> None:
+    cache, folder = Cache(str(tmp_path / "cache")), RunFolder(tmp_path / "run")
+    sizes = [scored_round(folder, cache, 4, 0), scored_round(folder, cache, 8, 1)]
+    updates = [(0, 10, 5), (0, 6, 2), (1, 4, 1)]
+    rows = [{"round": r, "num_tokens": n, "tokens_per_s": v} for r, n, v in updates]
+    folder.metrics_path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert horizon.costs(folder, cache, 2) == [
+        {"bytes": 0, "teacher_tokens": 0, "learner_s": 0},
+        {"bytes": sizes[0], "teacher_tokens": 7, "learner_s": 5},
+        {"bytes": sum(sizes), "teacher_tokens": 14, "learner_s": 9},
+    ]
+
+
+def test_draws_are_set_against_the_bucket_at_their_bytes() -> None:
+    def run(loss: str, size: float, kl: float, seed: int = 0) -> dict[str, Any]:
+        measured = dict.fromkeys(truncation.MEASURED, kl)
+        return {"seed": seed, "loss": loss, "bytes_per_token": size, **measured}
+
+    tail = "top k and tail"
+    runs = [run(tail, 10, 3.0), run(tail, 1000, 1.0), run(tail, 100, 99.0, seed=1)]
+    told = truncation.as_large(run("draws", 100, 0.0), runs)
+    assert told["forward_kl"] == pytest.approx(2.0)
+
+
+@pytest.mark.parametrize(
+    ("loss", "num"), [(loss, num) for loss, (_, nums) in truncation.ARMS.items() for num in nums]
+)
+def test_every_truncation_is_stored_alone_and_trained_on(
+    tmp_path: Path, tiny_student: Path, asked: list[tuple[Any, ...]], loss: str, num: int
+) -> None:
+    run = truncation.arm(bench(tmp_path, tiny_student), loss, num, seed=0, rollouts="sampled-0")
+    loaded = load_run(tmp_path / f"{run}.yaml")
+    drawn = loss == "draws"
+    assert loaded.score.columns == (("draws",) if drawn else ("topk",))
+    assert (loaded.score.draws if drawn else loaded.score.k) == num
+    assert loaded.train.loss.k == (num if not drawn else 16)
+    assert loaded.train.loss.direction == "forward"
+    assert loaded.evaluation is None
+
+
+def test_a_student_is_compared_with_its_teacher_over_the_whole_vocabulary(
+    tiny_student: Path, tiny_teacher: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(truncation, "FULL", 8)
+    tokens = [np.arange(3, 9, dtype=np.int32), np.arange(20, 24, dtype=np.int32)]
+    held_out = Sequences(tokens, tokens[::-1], np.zeros((10, 0), np.int32))
+    same = truncation.against(tiny_student, tiny_student, held_out)
+    assert (same["forward_kl"], same["reverse_kl"], same["ece"]) == pytest.approx((0, 0, 0))
+    told = truncation.against(tiny_student, tiny_teacher, held_out)
+    log_p, log_q = (
+        torch.cat([logprobs(model, *pair) for pair in zip(tokens, tokens[::-1], strict=True)])
+        for model in (tiny_student, tiny_teacher)
+    )
+    assert told["forward_kl"] == pytest.approx(float((log_q.exp() * (log_q - log_p)).sum(1).mean()))
+    assert told["reverse_kl"] == pytest.approx(float((log_p.exp() * (log_p - log_q)).sum(1).mean()))
+    top = log_p.argmax(dim=1, keepdim=True)
+    assert told["confidence"] == pytest.approx(float(log_p.gather(1, top).exp().mean()))
+    assert told["right"] == pytest.approx(float(log_q.gather(1, top).exp().mean()))
+    assert told["full_mass"] == pytest.approx(float(log_q.exp().topk(8).values.sum(1).mean()))
+
+
+def logprobs(model: Path, prompt: Any, completion: Any) -> torch.Tensor:
+    """A plain forward's, [T, V]."""
+    ids = torch.tensor([[*prompt, *completion]])
+    with torch.no_grad():
+        logits = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)(ids).logits[0]
+    return torch.log_softmax(logits[len(prompt) - 1 : -1], dim=1)
+
+
+def test_confidence_is_set_against_what_is_right_within_its_bin() -> None:
+    confidence, right = torch.tensor([0.9, 0.9, 0.1, 1.0]), torch.tensor([0.5, 0.9, 0.2, 1.0])
+    assert truncation.calibration_error(confidence, right) == pytest.approx((0.4 + 0.1) / 4)
+
+
+def test_seeds_are_drawn_thin_and_their_mean_thick() -> None:
+    runs = [("a", [1, 10], [0.0, 2.0]), ("a", [3, 30], [1.0, None]), ("b", [2], [5.0])]
+    (axis,) = drawn([Panel("t", "bytes", runs, logarithmic=True)]).axes
+    curves = [(list(line.get_xdata()), list(line.get_ydata())) for line in axis.lines]
+    assert curves[2] == ([2, 20], [0.5, 2.0])
+    assert curves[3] == ([2], [5.0])
+    assert (len(curves), axis.get_xscale()) == (4, "log")
 
 
 @pytest.mark.parametrize("loss", supports.LOSSES)
