@@ -48,10 +48,11 @@ def main() -> None:
     """Tune the teachers, distil them, and write ``new_knowledge-DIRECTION.json`` and ``.png``."""
     parser = arguments(__doc__)
     parser.add_argument("--direction", choices=DIRECTIONS, default="forward")
+    parser.add_argument("--alone", action="store_true", help="teacher A, and no B")
     asked = parser.parse_args()
     bench, runs = Bench(asked), list[dict[str, Any]]()
-    teachers = {"A": bench.taught, "B": bench.idle}
-    scores: dict[str, list[Scores]] = {name: [] for name in ARMS}
+    teachers = {"A": bench.taught} | ({} if asked.alone else {"B": bench.idle})
+    scores: dict[str, list[Scores]] = {name: [] for name in teachers}
     for seed in asked.seeds:
         for name, teacher in teachers.items():
             run = arm(bench, name, teacher, seed)
