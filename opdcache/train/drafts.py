@@ -8,7 +8,8 @@ from pathlib import Path
 
 from ..errors import StoreFull
 
-_LEAST_FREE_BYTES = 2**20
+_LEAST_FREE_BYTES = 2**24
+"""A large write fails before the last byte is taken, and some file systems keep blocks back."""
 
 
 @contextmanager
