@@ -19,7 +19,17 @@ import numpy as np
 
 from opdcache.schemas.rounds import RolloutRound, ScoreRound, TrainRound
 
-from .common import IMITATION, Bench, Scores, arguments, compared, source, verified, written
+from .common import (
+    IMITATION,
+    Bench,
+    Scores,
+    accuracy,
+    arguments,
+    compared,
+    source,
+    verified,
+    written,
+)
 from .damaged import damaged
 from .plots import Panel, drawn, save
 
@@ -89,11 +99,6 @@ def main() -> None:
         drawn([Panel("accuracy (avg@4)", "tokens trained on", curves)]),
         bench.out / "cold_start.png",
     )
-
-
-def accuracy(run: dict[str, Any]) -> list[float]:
-    """Of the students, in order."""
-    return [model["mean_score"]["value"] for model in run["models"][:-1]]
 
 
 def told(bench: Bench, names: list[str]) -> dict[str, Any]:

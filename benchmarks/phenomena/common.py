@@ -319,6 +319,11 @@ def compared(scores: Scores) -> list[dict[str, Any]]:
     return [one.model_dump(mode="json") for one in told]
 
 
+def accuracy(run: Mapping[str, Any]) -> list[float]:
+    """Of a run's students, in order; its ``models`` end with the teacher."""
+    return [model["mean_score"]["value"] for model in run["models"][:-1]]
+
+
 def by_round(out: Path, name: str) -> dict[str, Any]:
     """A run's rounds as the learner saw them, and as their rollouts were scored; what the audit
     finds; and the minutes that the stages took, without starting processes."""

@@ -17,6 +17,7 @@ from typing import Any
 from .common import (
     Bench,
     Scores,
+    accuracy,
     arguments,
     by_round,
     compared,
@@ -94,9 +95,7 @@ def said(models: list[dict[str, Any]]) -> str:
 def draw(bench: Bench, runs: list[dict[str, Any]]) -> None:
     """A panel of accuracy, and one of each diagnostic, by round."""
     panels: dict[str, Callable[[dict[str, Any]], Values]] = {
-        f"accuracy (avg@{SAMPLES})": lambda run: [
-            m["mean_score"]["value"] for m in run["models"][:-1]
-        ],
+        f"accuracy (avg@{SAMPLES})": accuracy,
         "overlap of the top 16": lambda run: [r["overlap"] for r in run["rounds"]],
         "student's mass on it": lambda run: [r["overlap_mass_student"] for r in run["rounds"]],
         "entropy gap (nats)": lambda run: [r["entropy_gap"] for r in run["rounds"]],

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .common import Bench, arguments, by_round, compared, opdcache, verified, written
+from .common import Bench, accuracy, arguments, by_round, compared, opdcache, verified, written
 from .plots import Values, by_panel, lines, save
 
 WEAK = {"base": "the model before", "idle": "tuned on its own answers"}
@@ -50,7 +50,8 @@ def main() -> None:
     for pair, shared in told.items():
         print(f"{pair}: {', '.join(one['verdict'] for one in shared)}")
     for one in runs:
-        print(f"seed {one['seed']} from {one['teacher']}: accuracy by round {accuracy(one)}")
+        rounds = ", ".join(f"{value:.3f}" for value in accuracy(one))
+        print(f"seed {one['seed']} from {one['teacher']}: accuracy by round {rounds}")
     panels: dict[str, Callable[[dict[str, Any]], Values]] = {
         "accuracy (avg@4)": accuracy,
         "overlap of the top 16": lambda run: [r["overlap"] for r in run["rounds"]],
@@ -58,11 +59,6 @@ def main() -> None:
     }
     curves = by_panel(panels, runs, lambda run: f"from {WEAK[run['teacher']]}")
     save(lines(curves, "policy rounds trained"), bench.out / "reverse.png")
-
-
-def accuracy(run: dict[str, Any]) -> list[float]:
-    """Of the students, by round."""
-    return [round(model["mean_score"]["value"], 3) for model in run["models"][:-1]]
 
 
 if __name__ == "__main__":
