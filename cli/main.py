@@ -3,6 +3,7 @@
 import errno
 import os
 import sys
+import traceback
 
 import click
 
@@ -47,7 +48,16 @@ for module in _COMMANDS:
 
 def main() -> None:
     """Run the command line; exits 0, 1 failure, 2 usage, 3 verification, 75 try again."""
-    sys.exit(_exit_code(sys.argv[1:]))
+    try:
+        code = _exit_code(sys.argv[1:])
+    except Exception:
+        traceback.print_exc()
+        code = 1
+    if "deepspeed" in sys.modules:
+        from ..train.ranks import leave
+
+        leave(code)
+    sys.exit(code)
 
 
 def _exit_code(arguments: list[str]) -> int:

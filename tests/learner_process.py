@@ -29,6 +29,7 @@ from opdcache.schemas.rounds import Resolved
 from opdcache.stage import Silent, Worker
 from opdcache.store.cache import Cache
 from opdcache.train.microbatch import MicroBatch
+from opdcache.train.ranks import leave
 from opdcache.train.samples import RoundSamples
 from opdcache.train.stage import run
 
@@ -110,5 +111,4 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     for one in json.loads(Path(sys.argv[1]).read_text()):
         carry_out(one)
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    leave(0)

@@ -25,6 +25,25 @@ RUNS: dict[str, dict[str, object]] = {
     "refused": {"deepspeed": {"zero_optimization": {"no_such_key": 1}}},
 }
 TRAIN = [sys.executable, "-m", "opdcache.cli.main", "train"]
+ABORTS = """
+import atexit, os, sys
+
+class Late:
+    is_rank = False
+
+    def note(self):
+        torch = sys.modules.get("torch")
+        self.is_rank = torch is not None and torch.distributed.is_initialized()
+
+    def __del__(self, abort=os.abort):
+        if self.is_rank:
+            abort()
+
+late = Late()
+atexit.register(late.note)
+"""
+"""A ``sitecustomize`` with the worst that a thread of gloo does: a rank whose interpreter comes to
+its own end is aborted, each time."""
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +54,7 @@ def base(tmp_path_factory: pytest.TempPathFactory, tiny_student: Path) -> Path:
         config = run_config(name, folder, tiny_student, **changes)
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(config))
     write_rounds(str(folder / "cache"), [folder / name for name in RUNS])
+    (folder / "sitecustomize.py").write_text(ABORTS)
     done = train(folder / "alone.yaml")
     assert done.wait() == 0, done.communicate()[1]
     return folder
@@ -43,6 +63,8 @@ def base(tmp_path_factory: pytest.TempPathFactory, tiny_student: Path) -> Path:
 def train(run: Path, *options: str, **variables: str) -> "subprocess.Popen[str]":
     environment = {k: v for k, v in os.environ.items() if k != "RANK"} | variables
     environment |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    path = [str(run.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment["PYTHONPATH"] = os.pathsep.join(path)
     command = [*TRAIN, str(run), "--round", "0", *options]
     return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
 

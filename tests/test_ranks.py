@@ -1,10 +1,13 @@
 """Ranks of a learner: which one a process is, and how several are started and looked after."""
 
 import os
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
+from opdcache.cli import main
 from opdcache.errors import StageError, UsageError
 from opdcache.jobs.ranks import run_ranks, threads_each
 from opdcache.train.ranks import first_node, lost_ranks, slurm_ranks
@@ -164,3 +167,20 @@ def test_ranks_within_ranks_are_refused(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setenv("RANK", "0")
     with pytest.raises(UsageError, match="RANK is set"):
         run_ranks(2, "train", "run.yaml")
+
+
+def test_a_fault_of_ours_in_a_rank_is_a_traceback_and_ends_it_as_any_error(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    left: list[int] = []
+
+    def fault(arguments: list[str]) -> int:
+        raise ZeroDivisionError("ours")
+
+    monkeypatch.setattr(main, "_exit_code", fault)
+    monkeypatch.setattr("opdcache.train.ranks.leave", left.append)
+    monkeypatch.setitem(sys.modules, "deepspeed", ModuleType("deepspeed"))
+    with pytest.raises(SystemExit) as ended:
+        main.main()
+    assert (ended.value.code, left) == (1, [1])
+    assert capsys.readouterr().err.endswith("ZeroDivisionError: ours\n")

@@ -1,6 +1,9 @@
-"""Which rank of a learner this process is, and what it says when another one is gone."""
+"""Which rank of a learner this process is, what it says when another one is gone, and its end."""
 
+import atexit
+import os
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
@@ -71,3 +74,24 @@ def lost_ranks() -> Iterator[None]:
                 remedy="its own error says why; else look at MASTER_ADDR and MASTER_PORT",
             ) from error
         raise
+
+
+def leave(code: int) -> None:
+    """End this process with an exit code, if it is a learner's rank; else return.
+
+    Exit hooks run, but the interpreter is not taken down. If a thread of gloo lets go of a tensor
+    meanwhile, that aborts the process (pytorch issue 190489), and a launcher takes a round that is
+    done for a lost rank.
+    """
+    from torch import distributed
+
+    if not distributed.is_initialized():
+        return
+    try:
+        if code == 0:
+            distributed.destroy_process_group()
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:
+        os._exit(code)
