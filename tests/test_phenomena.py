@@ -272,11 +272,17 @@ def test_seeds_are_drawn_thin_and_their_mean_thick() -> None:
 def test_every_loss_of_the_supports_can_be_trained_on(
     tmp_path: Path, tiny_student: Path, asked: list[tuple[Any, ...]], loss: str
 ) -> None:
-    run = supports.arm(bench(tmp_path, tiny_student, "--tuning", "8"), loss, seed=0)
+    of = bench(tmp_path, tiny_student, "--tuning", "8")
+    of.asked.begin = 2
+    run = supports.arm(of, loss, seed=0)
+    assert load_run(tmp_path / "begun-0-2.yaml").train.loss.direction == "forward"
+    student = load_run(tmp_path / f"{run}.yaml").student.model
+    assert student == str(of.folder("begun-0-2").student_path(2))
     train = load_run(tmp_path / f"{run}.yaml").train
     assert train.loss.model_dump(include=set(supports.LOSSES[loss])) == supports.LOSSES[loss]
 
 
+@pytest.mark.parametrize("num_begun", [0, 1, 3])
 @pytest.mark.parametrize("loss", staleness.LOSSES)
 def test_a_lagged_learner_takes_the_rollouts_of_its_older_policies(
     tmp_path: Path,
@@ -284,34 +290,68 @@ def test_a_lagged_learner_takes_the_rollouts_of_its_older_policies(
     asked: list[tuple[Any, ...]],
     monkeypatch: pytest.MonkeyPatch,
     loss: str,
+    num_begun: int,
 ) -> None:
     of = bench(tmp_path, tiny_student, "--tuning", "8", "--rounds", "4")
     given: list[tuple[str, str, int]] = []
     sampled = RolloutRound(round=0, student="s", shards=(), dropped={}, elapsed_s=0)
 
-    def note(self: staleness.Lagged, stage: str, file: Path, index: int) -> None:
+    def note(started: object, stage: str, file: Path, index: int) -> None:
         given.append((stage, file.stem, index))
         if stage == "rollout" and file.stem[-2:] in ("-0", "-1", "-2", "-3"):
             RunFolder(of.out / file.stem).write(sampled, anew=True)
 
-    monkeypatch.setattr(staleness.Lagged, "_command", note)
-    arm = staleness.Lagged(of, loss, lag=2, seed=7, started=None)  # type: ignore[arg-type]
-    arm.train()
+    monkeypatch.setattr(staleness, "_command", note)
+    begun = [tiny_student, *(Path(f"/older/{index}") for index in range(num_begun))]
+    arm = staleness.Lagged(of, begun, loss, age=2, seed=7)
+    arm.train(None)  # type: ignore[arg-type]
     assert [file for stage, file, _ in given if stage == "train"] == [arm.name] * 4
     samplers = [load_run(tmp_path / f"{arm.name}-{i}.yaml") for i in range(4)]
-    first = str(tiny_student)
     policies = [Path(one.student.model) for one in samplers]
-    assert policies == [Path(first)] * 3 + [RunFolder(tmp_path / arm.name).student_path(1)]
+    before = {0: [0, 0, 0], 1: [0, 0, 1], 3: [1, 2, 3]}[num_begun]
+    own = RunFolder(tmp_path / arm.name).student_path(1)
+    assert policies == [*(begun[index] for index in before), own]
+    ages = [arm.ages(index) for index in range(4)]
+    assert ages == {0: [[0], [1], [2], [2]], 1: [[1], [2], [2], [2]], 3: [[2]] * 4}[num_begun]
     assert len({one.seed for one in samplers}) == 4
     learner = load_run(tmp_path / f"{arm.name}.yaml")
+    assert learner.student.model == str(begun[-1])
     assert learner.rollouts is not None
     pinned = RunFolder(Path(learner.rollouts.from_))
     assert [pinned.need(RolloutRound, i).round for i in range(4)] == [0, 1, 2, 3]
     held_out = {
         prompt.messages for prompt in of._prompts(of.asked.evaluated, common.EVALUATION_SEED)
     }
-    for one in (*samplers, learner):
+    for one in samplers:
         assert not held_out & {prompt.messages for prompt in RunPrompts(one).training.prompts}
+
+
+def test_a_replaying_learner_samples_less_and_looks_back(
+    tmp_path: Path, tiny_student: Path, asked: list[tuple[Any, ...]]
+) -> None:
+    of = bench(tmp_path, tiny_student, "--tuning", "8", "--rounds", "4", "--prompts", "8")
+    of.asked.begin, of.asked.losses = 2, ["teacher_topk, reverse", "sampled"]
+    of.asked.lags, of.asked.replays = [4], [1, 3]
+    arms = list(staleness.arms(of, seed=7))
+    assert [(arm.KIND, arm.loss, arm.age) for arm in arms] == [
+        ("lag", "teacher_topk, reverse", 4),
+        ("replayed", "teacher_topk, reverse", 1),
+        ("replayed", "teacher_topk, reverse", 3),
+        ("lag", "sampled", 4),
+    ]
+    arms[2].train(None)  # type: ignore[arg-type]
+    assert [list(arms[2].ages(index)) for index in range(4)] == [
+        [0],
+        [0, 1],
+        [0, 1, 2],
+        [*range(4)],
+    ]
+    begun, run = (load_run(tmp_path / f"{name}.yaml") for name in ("begun-7-2", arms[2].name))
+    assert run.student.model == str(of.folder("begun-7-2").student_path(2))
+    assert (run.train.max_staleness, run.prompts.per_round) == (3, 2)
+    assert run.train.loss.direction == "reverse"
+    first, own = ([p.messages for p in RunPrompts(one).of_round(0).prompts] for one in (begun, run))
+    assert first[:2] != own
 
 
 def test_an_import_that_was_stopped_is_made_and_other_answers_are_refused(

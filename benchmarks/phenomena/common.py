@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from shutil import rmtree
 from typing import Any
 
 import yaml
@@ -42,6 +43,8 @@ TERMS = {"min_terms": 3, "max_terms": 3, "min_digits": 1, "max_digits": 1}
 POOL = 5120
 """Prompts that a run's rounds walk through, however many it has: tuned models serve all runs."""
 EVALUATION_SEED = 1000
+BEGIN = "rounds of forward KL before the arms part"
+VERIFIER = "benchmarks.phenomena.common:right"
 IMITATION = {"support": "sampled", "direction": "forward", "normalisation": "none"}
 
 
@@ -130,7 +133,7 @@ class Bench:
                 "num_prompts": asked.evaluated,
                 "samples_per_prompt": 4,
                 "sampling": {"temperature": 0.6, "max_tokens": 8},
-                "verifier": "benchmarks.phenomena.common:right",
+                "verifier": VERIFIER,
             },
         }
         for name, part in parts.items():
@@ -250,6 +253,18 @@ def importable() -> dict[str, str]:
     return {"PYTHONPATH": os.pathsep.join(path)}
 
 
+def beginning(bench: Bench, seed: int, rounds: int) -> Sequence[Path]:
+    """Policies of so many rounds of forward KL from the taught model, the one before them first."""
+    if not rounds:
+        return [bench.model]
+    run = f"begun-{seed}-{rounds}"
+    config = bench.config(bench.model, bench.taught, seed, rounds=rounds)
+    config["train"]["loss"] |= {"direction": "forward"}
+    bench.run(run, config | {"evaluation": reserved(config)})
+    students = (bench.folder(run).student_path(index) for index in range(1, rounds + 1))
+    return [bench.model, *students]
+
+
 def reserved(config: dict[str, Any]) -> dict[str, Any]:
     """An evaluation whose prompts are kept from training, and of which one is asked a round."""
     asked = config["evaluation"] | {"num_prompts": 1, "samples_per_prompt": 1}
@@ -257,7 +272,11 @@ def reserved(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def ended(bench: Bench, name: str, teacher: Path) -> dict[str, Any]:
-    """A run's last student on held-out prompts, where its rounds only kept them from training."""
+    """A run's last student on held-out prompts, where its rounds only kept them from training.
+
+    What the run would go on from is deleted: the arms of an experiment are many, and it is 2 GB.
+    """
+    rmtree(bench.folder(name).checkpoints, ignore_errors=True)
     run = f"{name}-end"
     config = bench.config(bench.folder(name).student_path(bench.asked.rounds), teacher, rounds=1)
     config["prompts"]["per_round"] = 1
@@ -324,19 +343,26 @@ def accuracy(run: Mapping[str, Any]) -> list[float]:
     return [model["mean_score"]["value"] for model in run["models"][:-1]]
 
 
-def by_round(out: Path, name: str) -> dict[str, Any]:
-    """A run's rounds as the learner saw them, and as their rollouts were scored; what the audit
-    finds; and the minutes that the stages took, without starting processes."""
-    audit = json.loads(opdcache("audit", out / f"{name}.yaml", "--json", fine=(0, 3)))
+def by_round(out: Path, name: str, verifier: str | None = None) -> dict[str, Any]:
+    """A run's rounds as its rollouts were scored, and in the mean over its updates; what the audit
+    finds; and the minutes that the stages took, without starting processes.
+
+    Args:
+        verifier: judges the rollouts too.
+    """
+    judged = ("--verifier", verifier) if verifier else ()
+    audit = json.loads(opdcache("audit", out / f"{name}.yaml", "--json", *judged, fine=(0, 3)))
     folder, rows = RunFolder(out / name), list[dict[str, Any]]()
     metrics = folder.metrics()
     for part in audit["parts"]:
         seen, index = part["diagnostics"], part["round"]
         trained = [row for row in metrics if row["round"] == index]
+        labels = part["reward"]["num_labelled"]
         rows.append(
             {
                 "round": index,
                 **{f: seen[f] for f in FIGURES},
+                "accuracy": part["reward"]["num_correct"] / labels if labels else None,
                 **{name: weighted(trained, name) for name in METRICS},
                 "largest_gradient": max(row["grad_norm"] for row in trained),
                 "seconds": {

@@ -3,11 +3,11 @@
     opdcache demo demo
     python -m benchmarks.phenomena.new_knowledge --model demo/models/teacher --out new-knowledge
 
-The student is SmolLM2-135M-Instruct on sums of three digits, which it mostly fails. Teacher A is
-the student tuned on right answers; teacher B is the student tuned as much on answers of its own.
-Both distil into the same student on the same prompts for as many rounds, by forward or reverse KL
-on the teacher's top 16 with a tail. The gap of both is that to teacher A, on prompts that nobody
-was tuned or trained on; intervals are bootstraps over them.
+The student is SmolLM2-135M-Instruct on sums of three terms of one digit, which it mostly fails.
+Teacher A is the student tuned on right answers; teacher B is the student tuned as much on answers
+of its own. Both distil into the same student on the same prompts for as many rounds, by forward or
+reverse KL on the teacher's top 16 with a tail. The gap of both is that to teacher A, on prompts
+that nobody was tuned or trained on; intervals are bootstraps over them.
 """
 
 from collections.abc import Callable

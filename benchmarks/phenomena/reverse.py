@@ -5,7 +5,7 @@
 The student is the model that was tuned on right answers; its teachers are the model before, and the
 same tuned as much on answers of its own (see ``new_knowledge``, whose folder this one may share).
 Beforehand ``opdcache compare`` says of the first round's rollouts whether the two weak teachers can
-be told apart, and whether the strong one can be told from them.
+be told apart, and whether the strong one can be told from the first of them.
 """
 
 import json
@@ -55,7 +55,9 @@ def main() -> None:
     panels: dict[str, Callable[[dict[str, Any]], Values]] = {
         "accuracy (avg@4)": accuracy,
         "overlap of the top 16": lambda run: [r["overlap"] for r in run["rounds"]],
-        "reverse KL (nats)": lambda run: [r["reverse_kl_tail"] for r in run["rounds"]],
+        "reverse KL while training (nats)": lambda run: [
+            r["reverse_kl_tail"] for r in run["rounds"]
+        ],
     }
     curves = by_panel(panels, runs, lambda run: f"from {WEAK[run['teacher']]}")
     save(lines(curves, "policy rounds trained"), bench.out / "reverse.png")

@@ -2,26 +2,40 @@
 
     python -m benchmarks.phenomena.staleness --model demo/models/teacher --out new-knowledge
 
-Round r of a learner trains on completions that its own policy of round r - lag sampled (of round 0,
-where there is none, so that the mean age is less than the lag: it is told); their prompts are drawn
-anew each round. All arms start alike, so what policy 0 samples is made once. The teacher is the
-model tuned on right answers (see ``new_knowledge``, whose folder this one may share). Told at the
-end: the exact reverse KL to the teacher on fresh completions of held-out prompts (sampled at the
-evaluation's temperature of 0.6), the accuracy, and how stale the tokens were (ESS).
+All arms begin from the student after ``--begin`` rounds of forward KL from the model tuned on right
+answers (see ``new_knowledge``, whose folder this one may share), which is their teacher too.
 
-``student_topk`` looks at ids that the round's own policy recorded, so it has a lag of 0 alone.
+*Lagged*: round r trains on completions that the policy of round r - lag sampled, and on no others.
+The policies before the first round are those of the beginning; with ``--begin 0`` there are none,
+and the model itself stands for them, so that the mean age is less than the lag. The prompts are
+drawn anew each round. *Replayed*: round r trains on its own completions and on those of the n
+rounds before it (``max_staleness: n``), each round sampling one of n + 1 parts: about as many
+updates, from so much fewer teacher tokens.
+
+Told at the end: the exact reverse KL to the teacher on fresh completions of held-out prompts
+(sampled at the evaluation's temperature of 0.6), the accuracy, and how stale the tokens were (ESS:
+of a batch, as the student moves within the round, so that a lag of 0 is not at 1). ``overlap`` in
+the JSON is that of the policy that sampled. ``student_topk`` looks at ids that the round's own
+policy recorded: older ones are refused, so it has a lag of 0 alone.
 """
 
 import os
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from matplotlib.figure import Figure
 
 from opdcache.jobs.processes import Processes
+from opdcache.runfolder import RunFolder
 from opdcache.schemas.rounds import RolloutRound
 
 from .common import (
+    BEGIN,
     Bench,
     arguments,
+    beginning,
     by_round,
     ended,
     importable,
@@ -34,121 +48,217 @@ from .plots import Panel, drawn, save
 LAGS = (0, 1, 2, 4)
 ENDS = (0, 4)
 SAMPLED = {"support": "sampled", "normalisation": "none"}
-LOSSES: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
-    "teacher_topk, forward": ({"support": "teacher_topk", "direction": "forward"}, LAGS),
-    "teacher_topk, reverse": ({"support": "teacher_topk", "direction": "reverse"}, LAGS),
-    "overlap, reverse": ({"support": "overlap", "direction": "reverse"}, ENDS),
-    "student_topk, reverse": ({"support": "student_topk", "direction": "reverse"}, (0,)),
-    "sampled": (SAMPLED, ENDS),
-    "sampled, weighted": ({**SAMPLED, "importance_cap": 2.0}, ENDS),
+LOSSES: dict[str, tuple[dict[str, Any], tuple[int, ...], tuple[int, ...]]] = {
+    "teacher_topk, forward": ({"support": "teacher_topk", "direction": "forward"}, LAGS, (1, 3)),
+    "teacher_topk, reverse": ({"support": "teacher_topk", "direction": "reverse"}, LAGS, (1, 3)),
+    "sampled": (SAMPLED, ENDS, ()),
+    "sampled, weighted": ({**SAMPLED, "importance_cap": 2.0}, ENDS, ()),
+    "overlap, reverse": ({"support": "overlap", "direction": "reverse"}, ENDS, ()),
+    "student_topk, reverse": ({"support": "student_topk", "direction": "reverse"}, (0,), ()),
 }
-"""Loss, and its lags: all of them where a default may follow of it."""
+"""Loss, its lags, and of how many rounds before it replays."""
 
 
-class Lagged:
-    """A learner whose rollouts are of an older policy of its own."""
+@dataclass(frozen=True)
+class Arm:
+    """A learner, and the policies before its first round, the oldest first.
 
-    def __init__(self, bench: Bench, loss: str, lag: int, seed: int, started: Processes) -> None:
-        self._bench, self._lag, self._seed, self._started = bench, lag, seed, started
-        self._loss, _ = LOSSES[loss]
-        self.name = f"lag{lag}-{loss.replace(', ', '-')}-{seed}"
-        self._folder = bench.folder(self.name)
-        self._sampled = bench.folder(f"{self.name}-sampled")
-        self._teacher = bench.taught
+    Attributes:
+        age: its lag, or the rounds before that it replays.
+    """
 
-    def train(self) -> None:
-        """All rounds; what is done is not done again."""
-        bench, asked = self._bench, self._bench.asked
-        taken = {"from": self._sampled.path.name}
-        config = bench.config(bench.model, self._teacher, self._seed, rollouts=taken)
-        config["train"]["loss"] = {"k": 16, **self._loss}
-        file = bench.file(self.name, config | {"evaluation": reserved(config)})
-        for index in range(asked.rounds):
-            self._sample(index)
-            for stage in ("rollout", "score", "train"):
-                self._command(stage, file, index)
+    bench: Bench
+    begun: Sequence[Path]
+    loss: str
+    age: int
+    seed: int
+    KIND: ClassVar[str]
+
+    @property
+    def name(self) -> str:
+        """The learner's run."""
+        after = f"-after{len(self.begun) - 1}" if len(self.begun) > 1 else ""
+        return f"{self.KIND}{self.age}-{self.loss.replace(', ', '-')}-{self.seed}{after}"
+
+    @property
+    def folder(self) -> RunFolder:
+        """The learner's run."""
+        return self.bench.folder(self.name)
+
+    def config(self, seed: int, policy: Path, **parts: Any) -> dict[str, Any]:
+        """A run from a policy, on prompts of its own out of the same pool."""
+        config = self.bench.config(policy, self.bench.taught, 1000 * self.seed + seed, **parts)
+        config["prompts"]["source"] |= {"seed": 1 + self.seed}
+        config["train"]["loss"] = {"k": 16, **LOSSES[self.loss][0]}
+        return config | {"evaluation": reserved(config)}
+
+    def ages(self, index: int) -> Sequence[int]:
+        """Of the rollouts that a round trains on."""
+        raise NotImplementedError
 
     def end(self) -> dict[str, Any]:
         """The last student on held-out prompts, and the means of its training."""
-        bench = self._bench
-        metrics, looked = self._folder.metrics(), by_round(bench.out, self.name)
-        sampled = (bench.folder(self._sampler(i)) for i in range(bench.asked.rounds))
-        sampling_s = sum(one.need(RolloutRound, 0).elapsed_s for one in sampled)
+        bench, metrics, folder = self.bench, self.folder.metrics(), self.folder
+        rounds = range(bench.asked.rounds)
+        ages = [age for index in rounds for age in self.ages(index)]
+        sampled = [folder.need(RolloutRound, index) for index in rounds]
         return {
-            **ended(bench, self.name, self._teacher),
-            "mean_age": sum(min(i, self._lag) for i in range(bench.asked.rounds))
-            / bench.asked.rounds,
+            "seed": self.seed,
+            "loss": self.loss,
+            self.KIND: self.age,
+            **ended(bench, self.name, bench.taught),
+            "mean_age": sum(ages) / len(ages),
             "ess": weighted(metrics, "ess"),
-            **looked,
-            "minutes": round(looked["minutes"] + sampling_s / 60, 1),
+            "updates": len(metrics),
+            "teacher_tokens": sum(shard.num_tokens for one in sampled for shard in one.shards),
+            **by_round(bench.out, self.name),
         }
+
+
+@dataclass(frozen=True)
+class Replayed(Arm):
+    """A learner that trains on the rollouts of the rounds before it too."""
+
+    KIND = "replayed"
+
+    def train(self, started: Processes) -> None:
+        """All rounds."""
+        parts = {"per_round": self.bench.asked.prompts // (self.age + 1)}
+        config = self.config(900, self.begun[-1], prompts=parts)
+        config["train"]["max_staleness"] = self.age
+        self.bench.run(self.name, config)
+
+    def ages(self, index: int) -> Sequence[int]:
+        """Of the rollouts that a round trains on: equally many of each."""
+        return range(min(index, self.age) + 1)
+
+
+@dataclass(frozen=True)
+class Lagged(Arm):
+    """A learner whose rollouts are of an older policy of its own."""
+
+    KIND = "lag"
+
+    def train(self, started: Processes) -> None:
+        """All rounds; what is done is not done again."""
+        config = self.config(0, self.begun[-1], rollouts={"from": self._sampled.path.name})
+        # The samplers keep held-out prompts from the rollouts.
+        file = self.bench.file(self.name, config | {"evaluation": None})
+        for index in range(self.bench.asked.rounds):
+            self._sample(started, index)
+            for stage in ("rollout", "score", "train"):
+                _command(started, stage, file, index)
+
+    def ages(self, index: int) -> Sequence[int]:
+        """Of the rollouts that a round trains on."""
+        return [min(index + len(self.begun) - 1, self.age)]
+
+    def end(self) -> dict[str, Any]:
+        """The last student on held-out prompts, and the means of its training."""
+        samplers = (self.bench.folder(self._sampler(i)) for i in range(self.bench.asked.rounds))
+        sampling_s = sum(one.need(RolloutRound, 0).elapsed_s for one in samplers)
+        told = super().end()
+        return {**told, "minutes": round(told["minutes"] + sampling_s / 60, 1)}
+
+    @property
+    def _sampled(self) -> RunFolder:
+        """Where the learner takes its rollouts from."""
+        return self.bench.folder(f"{self.name}-sampled")
 
     def _sampler(self, index: int) -> str:
         """Name of the run that samples for a round."""
         return f"{self.name}-{index}"
 
-    def _sample(self, index: int) -> None:
+    def _policy(self, index: int) -> Path:
+        """The policy that samples for a round."""
+        number = index - self.age
+        if number > 0:
+            return self.folder.student_path(number)
+        return self.begun[max(0, len(self.begun) - 1 + number)]
+
+    def _sample(self, started: Processes, index: int) -> None:
         """Pin what the older policy samples as the learner's next round."""
         if self._sampled.find(RolloutRound, index) is not None:
             return
-        bench, sampler = self._bench, self._sampler(index)
-        age = max(0, index - self._lag)
-        policy = self._folder.student_path(age) if age else bench.model
+        sampler = self._sampler(index)
         # A seed a round, so that its prompts are drawn anew.
-        config = bench.config(policy, self._teacher, 1000 * self._seed + index, rounds=1)
-        config["prompts"]["source"] = config["prompts"]["source"] | {"seed": 1 + self._seed}
-        config["evaluation"] = reserved(config)
-        self._command("rollout", bench.file(sampler, config), 0)
-        sampled = bench.folder(sampler).need(RolloutRound, 0)
+        config = self.config(index, self._policy(index), rounds=1)
+        _command(started, "rollout", self.bench.file(sampler, config), 0)
+        sampled = self.bench.folder(sampler).need(RolloutRound, 0)
         self._sampled.write(sampled.model_copy(update={"round": index}))
 
-    def _command(self, stage: str, file: object, index: int) -> None:
-        threads = os.environ.get("OMP_NUM_THREADS", str(os.cpu_count()))
-        process = self._started.start(
-            [stage, str(file), "--round", str(index)],
-            {"OMP_NUM_THREADS": threads, **importable()},
-        )
-        process.join()
-        if process.exitcode:
-            raise SystemExit(f"opdcache {stage} {file}: exit code {process.exitcode}")
+
+def _command(started: Processes, stage: str, file: Path, index: int) -> None:
+    threads = os.environ.get("OMP_NUM_THREADS", str(os.cpu_count()))
+    process = started.start(
+        [stage, str(file), "--round", str(index)],
+        {"OMP_NUM_THREADS": threads, **importable()},
+    )
+    process.join()
+    if process.exitcode:
+        raise SystemExit(f"opdcache {stage} {file}: exit code {process.exitcode}")
 
 
-def main() -> None:
-    """Train every arm, and write ``staleness.json`` and ``.png``."""
-    parser = arguments(__doc__)
-    parser.add_argument("--losses", nargs="+", default=list(LOSSES), choices=list(LOSSES))
-    parser.set_defaults(rounds=8)
-    asked = parser.parse_args()
-    bench, runs, started = Bench(asked), list[dict[str, Any]](), Processes(with_vllm=True)
-    for seed in asked.seeds:
-        for loss in asked.losses:
-            for lag in LOSSES[loss][1]:
-                arm = Lagged(bench, loss, lag, seed, started)
-                arm.train()
-                runs.append({"seed": seed, "loss": loss, "lag": lag, **arm.end()})
-                written(bench, "staleness", runs=runs)
-    for run in runs:
-        print(
-            f"seed {run['seed']} {run['loss']}, {run['lag']} rounds old ({run['mean_age']:.1f} in "
-            f"the mean): reverse KL {run['reverse_kl']:.4f}, accuracy "
-            f"{run['accuracy']['value']:.3f}, ESS {run['ess']:.2f}"
-        )
+def arms(bench: Bench, seed: int) -> Iterator[Lagged | Replayed]:
+    """What is trained of a seed, as it was asked for."""
+    asked = bench.asked
+    begun = beginning(bench, seed, asked.begin)
+    for loss in asked.losses:
+        _, lags, replays = LOSSES[loss]
+        yield from (Lagged(bench, begun, loss, n, seed) for n in lags if n in asked.lags)
+        yield from (Replayed(bench, begun, loss, n, seed) for n in replays if n in asked.replays)
+
+
+def picture(runs: Sequence[dict[str, Any]]) -> Figure:
+    """The ends by the rollouts' mean age."""
     panels: dict[str, Callable[[dict[str, Any]], float]] = {
         "exact reverse KL (nats)": lambda run: run["reverse_kl"],
         "accuracy (avg@4)": lambda run: run["accuracy"]["value"],
         "ESS": lambda run: run["ess"],
     }
-    arms = list(dict.fromkeys((run["loss"], run["seed"]) for run in runs))
-    of = {arm: [run for run in runs if (run["loss"], run["seed"]) == arm] for arm in arms}
-    shown = [
-        Panel(
-            title,
-            "lag of the rollouts, rounds",
-            [(arm[0], [r["lag"] for r in of[arm]], [value(r) for r in of[arm]]) for arm in arms],
+    of: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    for run in runs:
+        name = f"{run['loss']}, replayed" if Replayed.KIND in run else run["loss"]
+        of.setdefault((name, run["seed"]), []).append(run)
+    return drawn(
+        [
+            Panel(
+                title,
+                "mean age of the rollouts, rounds",
+                [
+                    (name, [r["mean_age"] for r in same], [value(r) for r in same])
+                    for (name, _), same in of.items()
+                ],
+            )
+            for title, value in panels.items()
+        ]
+    )
+
+
+def main() -> None:
+    """Train every arm, and write ``staleness-BEGIN.json`` and ``.png``."""
+    parser = arguments(__doc__)
+    parser.add_argument("--begin", type=int, default=8, help=BEGIN)
+    parser.add_argument("--losses", nargs="+", default=list(LOSSES), choices=list(LOSSES))
+    parser.add_argument("--lags", type=int, nargs="*", default=LAGS)
+    parser.add_argument("--replays", type=int, nargs="*", default=(1, 3))
+    parser.set_defaults(rounds=8)
+    asked = parser.parse_args()
+    bench, runs, started = Bench(asked), list[dict[str, Any]](), Processes(with_vllm=True)
+    for seed in asked.seeds:
+        for arm in arms(bench, seed):
+            arm.train(started)
+            runs.append(arm.end())
+            written(bench, f"staleness-{asked.begin}", runs=runs)
+    for run in runs:
+        what = "replayed" if Replayed.KIND in run else "lag"
+        print(
+            f"seed {run['seed']} {run['loss']}, {what} {run[what]} ({run['mean_age']:.1f} rounds "
+            f"old in the mean): reverse KL {run['reverse_kl']:.4f}, accuracy "
+            f"{run['accuracy']['value']:.3f}, ESS {run['ess']:.2f}, {run['updates']} updates, "
+            f"{run['teacher_tokens']:,} teacher tokens"
         )
-        for title, value in panels.items()
-    ]
-    save(drawn(shown), bench.out / "staleness.png")
+    save(picture(runs), bench.out / f"staleness-{asked.begin}.png")
 
 
 if __name__ == "__main__":
