@@ -335,18 +335,18 @@ def test_a_replaying_learner_samples_less_and_looks_back(
     arms = list(staleness.arms(of, seed=7))
     assert [(arm.KIND, arm.loss, arm.age) for arm in arms] == [
         ("lag", "teacher_topk, reverse", 4),
-        ("replayed", "teacher_topk, reverse", 1),
-        ("replayed", "teacher_topk, reverse", 3),
+        *(("replayed", "teacher_topk, reverse", age) for age in (1, 0, 3, 0)),
         ("lag", "sampled", 4),
     ]
-    arms[2].train(None)  # type: ignore[arg-type]
-    assert [list(arms[2].ages(index)) for index in range(4)] == [
+    assert len({arm.name for arm in arms}) == len(arms)
+    arms[3].train(None)  # type: ignore[arg-type]
+    assert [list(arms[3].ages(index)) for index in range(4)] == [
         [0],
         [0, 1],
         [0, 1, 2],
         [*range(4)],
     ]
-    begun, run = (load_run(tmp_path / f"{name}.yaml") for name in ("begun-7-2", arms[2].name))
+    begun, run = (load_run(tmp_path / f"{name}.yaml") for name in ("begun-7-2", arms[3].name))
     assert run.student.model == str(of.folder("begun-7-2").student_path(2))
     assert (run.train.max_staleness, run.prompts.per_round) == (3, 2)
     assert run.train.loss.direction == "reverse"

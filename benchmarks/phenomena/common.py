@@ -257,12 +257,21 @@ def beginning(bench: Bench, seed: int, rounds: int) -> Sequence[Path]:
     """Policies of so many rounds of forward KL from the taught model, the one before them first."""
     if not rounds:
         return [bench.model]
-    run = f"begun-{seed}-{rounds}"
+    run = _begun(seed, rounds)
     config = bench.config(bench.model, bench.taught, seed, rounds=rounds)
     config["train"]["loss"] |= {"direction": "forward"}
     bench.run(run, config | {"evaluation": reserved(config)})
     students = (bench.folder(run).student_path(index) for index in range(1, rounds + 1))
     return [bench.model, *students]
+
+
+def begun(bench: Bench, seed: int, rounds: int) -> dict[str, Any]:
+    """The last of these policies on held-out prompts; nothing of the model itself."""
+    return ended(bench, _begun(seed, rounds), bench.taught, rounds) if rounds else {}
+
+
+def _begun(seed: int, rounds: int) -> str:
+    return f"begun-{seed}-{rounds}"
 
 
 def reserved(config: dict[str, Any]) -> dict[str, Any]:
@@ -271,14 +280,14 @@ def reserved(config: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in asked.items() if key != "verifier"}
 
 
-def ended(bench: Bench, name: str, teacher: Path) -> dict[str, Any]:
+def ended(bench: Bench, name: str, teacher: Path, rounds: int) -> dict[str, Any]:
     """A run's last student on held-out prompts, where its rounds only kept them from training.
 
     What the run would go on from is deleted: the arms of an experiment are many, and it is 2 GB.
     """
     rmtree(bench.folder(name).checkpoints, ignore_errors=True)
     run = f"{name}-end"
-    config = bench.config(bench.folder(name).student_path(bench.asked.rounds), teacher, rounds=1)
+    config = bench.config(bench.folder(name).student_path(rounds), teacher, rounds=1)
     config["prompts"]["per_round"] = 1
     bench.run(run, config, "rollout")
     student, best = compared(verified(bench.out, run))

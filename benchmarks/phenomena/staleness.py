@@ -10,7 +10,7 @@ The policies before the first round are those of the beginning; with ``--begin 0
 and the model itself stands for them, so that the mean age is less than the lag. The prompts are
 drawn anew each round. *Replayed*: round r trains on its own completions and on those of the n
 rounds before it (``max_staleness: n``), each round sampling one of n + 1 parts: about as many
-updates, from so much fewer teacher tokens.
+updates, from so much fewer teacher tokens; and, beside it, the same tokens without their replay.
 
 Told at the end: the exact reverse KL to the teacher on fresh completions of held-out prompts
 (sampled at the evaluation's temperature of 0.6), the accuracy, and how stale the tokens were (ESS:
@@ -36,6 +36,7 @@ from .common import (
     Bench,
     arguments,
     beginning,
+    begun,
     by_round,
     ended,
     importable,
@@ -47,16 +48,17 @@ from .plots import Panel, drawn, save
 
 LAGS = (0, 1, 2, 4)
 ENDS = (0, 4)
+REPLAYS = (1, 3)
 SAMPLED = {"support": "sampled", "normalisation": "none"}
 LOSSES: dict[str, tuple[dict[str, Any], tuple[int, ...], tuple[int, ...]]] = {
-    "teacher_topk, forward": ({"support": "teacher_topk", "direction": "forward"}, LAGS, (1, 3)),
-    "teacher_topk, reverse": ({"support": "teacher_topk", "direction": "reverse"}, LAGS, (1, 3)),
+    "teacher_topk, forward": ({"support": "teacher_topk", "direction": "forward"}, LAGS, REPLAYS),
+    "teacher_topk, reverse": ({"support": "teacher_topk", "direction": "reverse"}, LAGS, REPLAYS),
     "sampled": (SAMPLED, ENDS, ()),
     "sampled, weighted": ({**SAMPLED, "importance_cap": 2.0}, ENDS, ()),
     "overlap, reverse": ({"support": "overlap", "direction": "reverse"}, ENDS, ()),
     "student_topk, reverse": ({"support": "student_topk", "direction": "reverse"}, (0,), ()),
 }
-"""Loss, its lags, and of how many rounds before it replays."""
+"""Loss, its lags, and how many rounds before it replays."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ class Arm:
     """
 
     bench: Bench
-    begun: Sequence[Path]
+    before: Sequence[Path]
     loss: str
     age: int
     seed: int
@@ -77,7 +79,7 @@ class Arm:
     @property
     def name(self) -> str:
         """The learner's run."""
-        after = f"-after{len(self.begun) - 1}" if len(self.begun) > 1 else ""
+        after = f"-after{len(self.before) - 1}" if len(self.before) > 1 else ""
         return f"{self.KIND}{self.age}-{self.loss.replace(', ', '-')}-{self.seed}{after}"
 
     @property
@@ -106,7 +108,7 @@ class Arm:
             "seed": self.seed,
             "loss": self.loss,
             self.KIND: self.age,
-            **ended(bench, self.name, bench.taught),
+            **ended(bench, self.name, bench.taught, bench.asked.rounds),
             "mean_age": sum(ages) / len(ages),
             "ess": weighted(metrics, "ess"),
             "updates": len(metrics),
@@ -117,20 +119,34 @@ class Arm:
 
 @dataclass(frozen=True)
 class Replayed(Arm):
-    """A learner that trains on the rollouts of the rounds before it too."""
+    """A learner of smaller rounds that trains on the rollouts of the rounds before it too.
+
+    Attributes:
+        parts: a round samples one of so many.
+    """
 
     KIND = "replayed"
+    parts: int
+
+    @property
+    def name(self) -> str:
+        """The learner's run."""
+        return super().name + (f"-of{self.parts}" if self.parts != self.age + 1 else "")
 
     def train(self, started: Processes) -> None:
         """All rounds."""
-        parts = {"per_round": self.bench.asked.prompts // (self.age + 1)}
-        config = self.config(900, self.begun[-1], prompts=parts)
+        prompts = {"per_round": self.bench.asked.prompts // self.parts}
+        config = self.config(900, self.before[-1], prompts=prompts)
         config["train"]["max_staleness"] = self.age
         self.bench.run(self.name, config)
 
     def ages(self, index: int) -> Sequence[int]:
         """Of the rollouts that a round trains on: equally many of each."""
         return range(min(index, self.age) + 1)
+
+    def end(self) -> dict[str, Any]:
+        """The last student on held-out prompts, and the means of its training."""
+        return {**super().end(), "parts": self.parts}
 
 
 @dataclass(frozen=True)
@@ -141,7 +157,7 @@ class Lagged(Arm):
 
     def train(self, started: Processes) -> None:
         """All rounds; what is done is not done again."""
-        config = self.config(0, self.begun[-1], rollouts={"from": self._sampled.path.name})
+        config = self.config(0, self.before[-1], rollouts={"from": self._sampled.path.name})
         # The samplers keep held-out prompts from the rollouts.
         file = self.bench.file(self.name, config | {"evaluation": None})
         for index in range(self.bench.asked.rounds):
@@ -151,7 +167,7 @@ class Lagged(Arm):
 
     def ages(self, index: int) -> Sequence[int]:
         """Of the rollouts that a round trains on."""
-        return [min(index + len(self.begun) - 1, self.age)]
+        return [min(index + len(self.before) - 1, self.age)]
 
     def end(self) -> dict[str, Any]:
         """The last student on held-out prompts, and the means of its training."""
@@ -174,7 +190,7 @@ class Lagged(Arm):
         number = index - self.age
         if number > 0:
             return self.folder.student_path(number)
-        return self.begun[max(0, len(self.begun) - 1 + number)]
+        return self.before[max(0, len(self.before) - 1 + number)]
 
     def _sample(self, started: Processes, index: int) -> None:
         """Pin what the older policy samples as the learner's next round."""
@@ -202,11 +218,12 @@ def _command(started: Processes, stage: str, file: Path, index: int) -> None:
 def arms(bench: Bench, seed: int) -> Iterator[Lagged | Replayed]:
     """What is trained of a seed, as it was asked for."""
     asked = bench.asked
-    begun = beginning(bench, seed, asked.begin)
+    before = beginning(bench, seed, asked.begin)
     for loss in asked.losses:
         _, lags, replays = LOSSES[loss]
-        yield from (Lagged(bench, begun, loss, n, seed) for n in lags if n in asked.lags)
-        yield from (Replayed(bench, begun, loss, n, seed) for n in replays if n in asked.replays)
+        yield from (Lagged(bench, before, loss, n, seed) for n in lags if n in asked.lags)
+        for n in (n for n in replays if n in asked.replays):
+            yield from (Replayed(bench, before, loss, age, seed, n + 1) for age in (n, 0))
 
 
 def picture(runs: Sequence[dict[str, Any]]) -> Figure:
@@ -218,7 +235,7 @@ def picture(runs: Sequence[dict[str, Any]]) -> Figure:
     }
     of: dict[tuple[str, int], list[dict[str, Any]]] = {}
     for run in runs:
-        name = f"{run['loss']}, replayed" if Replayed.KIND in run else run["loss"]
+        name = f"{run['loss']}, 1/{run['parts']} of the tokens" if "parts" in run else run["loss"]
         of.setdefault((name, run["seed"]), []).append(run)
     return drawn(
         [
@@ -241,19 +258,22 @@ def main() -> None:
     parser.add_argument("--begin", type=int, default=8, help=BEGIN)
     parser.add_argument("--losses", nargs="+", default=list(LOSSES), choices=list(LOSSES))
     parser.add_argument("--lags", type=int, nargs="*", default=LAGS)
-    parser.add_argument("--replays", type=int, nargs="*", default=(1, 3))
+    parser.add_argument("--replays", type=int, nargs="*", default=REPLAYS)
     parser.set_defaults(rounds=8)
     asked = parser.parse_args()
     bench, runs, started = Bench(asked), list[dict[str, Any]](), Processes(with_vllm=True)
+    starts = list[dict[str, Any]]()
     for seed in asked.seeds:
         for arm in arms(bench, seed):
             arm.train(started)
             runs.append(arm.end())
-            written(bench, f"staleness-{asked.begin}", runs=runs)
+            written(bench, f"staleness-{asked.begin}", starts=starts, runs=runs)
+        starts.append(begun(bench, seed, asked.begin))
+    written(bench, f"staleness-{asked.begin}", starts=starts, runs=runs)
     for run in runs:
-        what = "replayed" if Replayed.KIND in run else "lag"
+        what = f"replayed {run['replayed']}" if "parts" in run else f"lag {run['lag']}"
         print(
-            f"seed {run['seed']} {run['loss']}, {what} {run[what]} ({run['mean_age']:.1f} rounds "
+            f"seed {run['seed']} {run['loss']}, {what} ({run['mean_age']:.1f} rounds "
             f"old in the mean): reverse KL {run['reverse_kl']:.4f}, accuracy "
             f"{run['accuracy']['value']:.3f}, ESS {run['ess']:.2f}, {run['updates']} updates, "
             f"{run['teacher_tokens']:,} teacher tokens"

@@ -21,6 +21,7 @@ from .common import (
     Bench,
     arguments,
     beginning,
+    begun,
     by_round,
     ended,
     reserved,
@@ -59,7 +60,7 @@ def main() -> None:
     parser.add_argument("--losses", nargs="+", default=list(LOSSES), choices=list(LOSSES))
     parser.set_defaults(rounds=8)
     asked = parser.parse_args()
-    bench, runs = Bench(asked), list[dict[str, Any]]()
+    bench, starts, runs = Bench(asked), list[dict[str, Any]](), list[dict[str, Any]]()
     for seed in asked.seeds:
         for loss in asked.losses:
             run = arm(bench, loss, seed)
@@ -67,11 +68,13 @@ def main() -> None:
                 {
                     "seed": seed,
                     "loss": loss,
-                    **ended(bench, run, bench.taught),
+                    **ended(bench, run, bench.taught, asked.rounds),
                     **by_round(bench.out, run, VERIFIER),
                 }
             )
-            written(bench, "supports", runs=runs)
+            written(bench, "supports", starts=starts, runs=runs)
+        starts.append(begun(bench, seed, asked.begin))
+    written(bench, "supports", starts=starts, runs=runs)
     for one in runs:
         last = one["accuracy"]
         print(
