@@ -270,6 +270,17 @@ def begun(bench: Bench, seed: int, rounds: int) -> dict[str, Any]:
     return ended(bench, _begun(seed, rounds), bench.taught, rounds) if rounds else {}
 
 
+LATER = 900
+"""An order of the prompts that is neither the beginning's nor a lagged round's."""
+
+
+def anew(bench: Bench, policy: Path, seed: int, order: int, **parts: Any) -> dict[str, Any]:
+    """A run from a policy on its seed's prompts, in another order; held-out ones are reserved."""
+    config = bench.config(policy, bench.taught, 1000 * seed + order, **parts)
+    config["prompts"]["source"] |= {"seed": 1 + seed}
+    return config | {"evaluation": reserved(config)}
+
+
 def _begun(seed: int, rounds: int) -> str:
     return f"begun-{seed}-{rounds}"
 

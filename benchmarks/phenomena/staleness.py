@@ -33,14 +33,15 @@ from opdcache.schemas.rounds import RolloutRound
 
 from .common import (
     BEGIN,
+    LATER,
     Bench,
+    anew,
     arguments,
     beginning,
     begun,
     by_round,
     ended,
     importable,
-    reserved,
     weighted,
     written,
 )
@@ -87,12 +88,11 @@ class Arm:
         """The learner's run."""
         return self.bench.folder(self.name)
 
-    def config(self, seed: int, policy: Path, **parts: Any) -> dict[str, Any]:
-        """A run from a policy, on prompts of its own out of the same pool."""
-        config = self.bench.config(policy, self.bench.taught, 1000 * self.seed + seed, **parts)
-        config["prompts"]["source"] |= {"seed": 1 + self.seed}
+    def config(self, policy: Path, order: int, **parts: Any) -> dict[str, Any]:
+        """A run from a policy, on the prompts in an order of its own."""
+        config = anew(self.bench, policy, self.seed, order, **parts)
         config["train"]["loss"] = {"k": 16, **LOSSES[self.loss][0]}
-        return config | {"evaluation": reserved(config)}
+        return config
 
     def ages(self, index: int) -> Sequence[int]:
         """Of the rollouts that a round trains on."""
@@ -136,7 +136,7 @@ class Replayed(Arm):
     def train(self, started: Processes) -> None:
         """All rounds."""
         prompts = {"per_round": self.bench.asked.prompts // self.parts}
-        config = self.config(900, self.before[-1], prompts=prompts)
+        config = self.config(self.before[-1], LATER, prompts=prompts)
         config["train"]["max_staleness"] = self.age
         self.bench.run(self.name, config)
 
@@ -157,7 +157,7 @@ class Lagged(Arm):
 
     def train(self, started: Processes) -> None:
         """All rounds; what is done is not done again."""
-        config = self.config(0, self.before[-1], rollouts={"from": self._sampled.path.name})
+        config = self.config(self.before[-1], 0, rollouts={"from": self._sampled.path.name})
         # The samplers keep held-out prompts from the rollouts.
         file = self.bench.file(self.name, config | {"evaluation": None})
         for index in range(self.bench.asked.rounds):
@@ -197,8 +197,7 @@ class Lagged(Arm):
         if self._sampled.find(RolloutRound, index) is not None:
             return
         sampler = self._sampler(index)
-        # A seed a round, so that its prompts are drawn anew.
-        config = self.config(index, self._policy(index), rounds=1)
+        config = self.config(self._policy(index), index, rounds=1)
         _command(started, "rollout", self.bench.file(sampler, config), 0)
         sampled = self.bench.folder(sampler).need(RolloutRound, 0)
         self._sampled.write(sampled.model_copy(update={"round": index}))

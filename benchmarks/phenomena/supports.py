@@ -17,14 +17,15 @@ from typing import Any
 
 from .common import (
     BEGIN,
+    LATER,
     VERIFIER,
     Bench,
+    anew,
     arguments,
     beginning,
     begun,
     by_round,
     ended,
-    reserved,
     written,
 )
 from .plots import Values, by_panel, lines, save
@@ -43,13 +44,9 @@ def arm(bench: Bench, loss: str, seed: int) -> str:
     """Distil by a loss; the run's name."""
     run = f"{loss.replace(', k = ', '-')}-{seed}"
     student = beginning(bench, seed, bench.asked.begin)[-1]
-    # Another order of the prompts than the beginning's.
-    config = bench.config(
-        student, bench.taught, 1000 * seed + 900, rollout={"student_topk": max(KS)}
-    )
-    config["prompts"]["source"] |= {"seed": 1 + seed}
+    config = anew(bench, student, seed, LATER, rollout={"student_topk": max(KS)})
     config["train"]["loss"] = LOSSES[loss]
-    bench.run(run, config | {"evaluation": reserved(config)})
+    bench.run(run, config)
     return run
 
 
