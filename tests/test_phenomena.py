@@ -63,7 +63,8 @@ def test_every_run_file_of_the_experiments_can_be_read(
 ) -> None:
     of = bench(tmp_path, tiny_student, "--dtype", dtype, "--tuning", "8", "--prompts", "2")
     of.asked.direction = "reverse"
-    teachers = {"base": of.model, "taught": of.taught, "idle": of.idle}
+    weak = {"base": of.model, "idle": of.idle, "pruned": of.model}
+    teachers = {**weak, "taught": of.taught}
     name = new_knowledge.arm(of, "A", teachers["taught"], seed=1)
     reverse.preflight(of, teachers)
     named = {Path(word).stem for words in asked for word in words if str(word).endswith(".yaml")}
@@ -71,6 +72,12 @@ def test_every_run_file_of_the_experiments_can_be_read(
     loaded = {name: load_run(tmp_path / f"{name}.yaml") for name in named}
     imitating = {name for name, one in loaded.items() if imitates(one.train.loss)}
     assert imitating == {"taught", "idle"}
+    first = f"{tmp_path / 'preflight.yaml'}@0"
+    told_apart = [words[1:3] for words in asked if words[0] == "compare"]
+    assert told_apart == [
+        *((first, f"{first}#{name}") for name in ("idle", "pruned", "taught")),
+        (f"{first}#idle", f"{first}#taught"),
+    ]
     assert (name, loaded[name].seed) == ("A-reverse-1", 1)
     assert loaded[name].train.loss.direction == "reverse"
     assert {one.cache for one in loaded.values()} == {str(tmp_path / "cache")}
@@ -368,6 +375,16 @@ def test_an_import_that_was_stopped_is_made_and_other_answers_are_refused(
 def prompt_scores(name: str, *scores: float, failed: int = 0) -> PromptScores:
     of = {"prompt_id": name, "task": "t", "num_truncated": 1, "num_failed": failed}
     return PromptScores(scores=scores, **of)
+
+
+def test_two_curves_are_compared_prompt_by_prompt() -> None:
+    base = {0: [prompt_scores("a", 1, 0), prompt_scores("b", 0, 0)], None: []}
+    alike = {0: [prompt_scores("a", 0, 1), prompt_scores("b", 0, 0)], None: [prompt_scores("a", 1)]}
+    worse = {0: [prompt_scores("a", 0, 0), prompt_scores("b", 0, 0)], None: []}
+    assert reverse.apart(base, alike) == [{"value": 0, "low": 0, "high": 0}]
+    assert reverse.apart(base, worse) == [{"value": 0.25, "low": 0, "high": 0.5}]
+    with pytest.raises(SystemExit, match="not asked the same"):
+        reverse.apart(base, {0: worse[0][::-1], None: []})
 
 
 def test_seeds_are_pooled_by_prompt_and_only_of_the_same_prompts() -> None:

@@ -1,57 +1,107 @@
-"""Reverse distillation: a model that learnt something, distilled from two that did not.
+"""Reverse distillation: a model that learnt something, distilled from ones that did not.
 
     python -m benchmarks.phenomena.reverse --model demo/models/teacher --out new-knowledge
 
-The student is the model that was tuned on right answers; its teachers are the model before, and the
-same tuned as much on answers of its own (see ``new_knowledge``, whose folder this one may share).
-Beforehand ``opdcache compare`` says of the first round's rollouts whether the two weak teachers can
-be told apart, and whether the strong one can be told from the first of them.
+The student is the model that was tuned on right answers; its weak teachers are the model before,
+the same tuned as much on answers of its own (see ``new_knowledge``, whose folder this one may
+share), and the model before without four of its layers, which answers otherwise. Beforehand
+``opdcache compare`` says of the first round's rollouts which of them can be told apart. Afterwards
+the curves are compared round by round, on the same held-out prompts.
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from .common import Bench, accuracy, arguments, by_round, compared, opdcache, verified, written
+import numpy as np
+
+from opdcache.accuracy import LEVEL, resampled_means
+
+from .common import (
+    Bench,
+    Scores,
+    accuracy,
+    arguments,
+    by_round,
+    compared,
+    opdcache,
+    pooled,
+    verified,
+    written,
+)
+from .damaged import damaged
 from .plots import Values, by_panel, lines, save
 
-WEAK = {"base": "the model before", "idle": "tuned on its own answers"}
+WEAK = {
+    "base": "the model before",
+    "idle": "tuned on its own answers",
+    "pruned": "without four layers",
+}
+PAIRS = (("base", "idle"), ("base", "pruned"), ("base", "taught"), ("idle", "taught"))
 
 
-def preflight(bench: Bench, teachers: dict[str, Path]) -> dict[str, Any]:
+def preflight(bench: Bench, teachers: Mapping[str, Path]) -> dict[str, Any]:
     """Pairs of teachers on the student's first rollouts."""
     named = {
         n: {"model": str(f), "dtype": bench.asked.dtype} for n, f in teachers.items() if n != "base"
     }
     config = bench.config(teachers["taught"], teachers["base"], rounds=1, references=named)
     bench.run("preflight", config, "rollout", "score")
-    one, found = f"{bench.out / 'preflight.yaml'}@0", {}
-    for name in named:
-        said = json.loads(opdcache("compare", one, f"{one}#{name}", "--json", fine=(0, 3)))
-        found[f"base, {name}"] = said["shared"]
+    part, found = f"{bench.out / 'preflight.yaml'}@0", {}
+    for pair in PAIRS:
+        of = [part if name == "base" else f"{part}#{name}" for name in pair]
+        said = json.loads(opdcache("compare", *of, "--json", fine=(0, 3)))
+        found[", ".join(pair)] = said["shared"]
     return found
+
+
+def apart(one: Scores, other: Scores) -> list[dict[str, float]]:
+    """How much more accurate one run's students are than another's, by round, and the interval: a
+    bootstrap over the prompts, which are the same."""
+    told = list[dict[str, float]]()
+    for index in range(sum(key is not None for key in one)):
+        both = zip(one[index], other[index], strict=True)
+        if any(a.prompt_id != b.prompt_id for a, b in both):
+            raise SystemExit("the runs were not asked the same held-out prompts")
+        mean_P, other_mean_P = (
+            np.array([np.mean(prompt.scores) for prompt in of[index]]) for of in (one, other)
+        )
+        ahead_P = mean_P - other_mean_P
+        low, high = np.quantile(resampled_means(ahead_P), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+        told.append({"value": float(ahead_P.mean()), "low": float(low), "high": float(high)})
+    return told
 
 
 def main() -> None:
     """Compare, distil, and write ``reverse.json`` and ``.png``."""
-    asked = arguments(__doc__).parse_args()
+    parser = arguments(__doc__)
+    parser.set_defaults(rounds=8)
+    asked = parser.parse_args()
     bench, runs = Bench(asked), list[dict[str, Any]]()
-    taught, idle = bench.taught, bench.idle
-    told = preflight(bench, {"base": bench.model, "idle": idle, "taught": taught})
+    taught = bench.taught
+    weak = {"base": bench.model, "idle": bench.idle, "pruned": damaged(bench, "base", bench.model)}
+    told = preflight(bench, {**weak, "taught": taught})
+    scores: dict[str, list[Scores]] = {name: [] for name in weak}
     for seed in asked.seeds:
-        for name, teacher in {"base": bench.model, "idle": idle}.items():
+        for name, teacher in weak.items():
             run = f"reverse-{name}-{seed}"
             bench.run(run, bench.config(taught, teacher, seed))
-            models = compared(verified(bench.out, run))
+            scores[name].append(verified(bench.out, run))
+            models = compared(scores[name][-1])
             about = {"seed": seed, "teacher": name, "models": models}
             runs.append({**about, **by_round(bench.out, run)})
-        written(bench, "reverse", compare=told, runs=runs)
+        every = {name: pooled(of) for name, of in scores.items()}
+        less = {name: apart(every["base"], every[name]) for name in ("idle", "pruned")}
+        written(bench, "reverse", compare=told, base_less=less, runs=runs)
     for pair, shared in told.items():
         print(f"{pair}: {', '.join(one['verdict'] for one in shared)}")
     for one in runs:
         rounds = ", ".join(f"{value:.3f}" for value in accuracy(one))
         print(f"seed {one['seed']} from {one['teacher']}: accuracy by round {rounds}")
+    for name, by in less.items():
+        ahead = ", ".join("{value:+.3f} [{low:+.3f}, {high:+.3f}]".format(**each) for each in by)
+        print(f"base less {name}, by round: {ahead}")
     panels: dict[str, Callable[[dict[str, Any]], Values]] = {
         "accuracy (avg@4)": accuracy,
         "overlap of the top 16": lambda run: [r["overlap"] for r in run["rounds"]],
