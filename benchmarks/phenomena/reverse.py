@@ -35,8 +35,8 @@ from .plots import Values, by_panel, lines, save
 
 WEAK = {
     "base": "the model before",
-    "idle": "tuned on its own answers",
-    "pruned": "without four layers",
+    "idle": "the same tuned on its own answers",
+    "pruned": "the model before, four layers less",
 }
 PAIRS = (("base", "idle"), ("base", "pruned"), ("base", "taught"), ("idle", "taught"))
 
@@ -109,7 +109,7 @@ def main() -> None:
             r["reverse_kl_tail"] for r in run["rounds"]
         ],
     }
-    curves = by_panel(panels, runs, lambda run: f"from {WEAK[run['teacher']]}")
+    curves = by_panel(panels, runs, lambda run: f"teacher: {WEAK[run['teacher']]}")
     save(lines(curves, "policy rounds trained"), bench.out / "reverse.png")
 
 
