@@ -63,10 +63,10 @@ def test_every_run_file_of_the_experiments_can_be_read(
 ) -> None:
     of = bench(tmp_path, tiny_student, "--dtype", dtype, "--tuning", "8", "--prompts", "2")
     of.asked.direction = "reverse"
-    weak = {"base": of.model, "idle": of.idle, "pruned": of.model}
+    weak = {"base": of.model, "idle": of.idle, "pruned": tmp_path / "pruned"}
     teachers = {**weak, "taught": of.taught}
     name = new_knowledge.arm(of, "A", teachers["taught"], seed=1)
-    reverse.preflight(of, teachers)
+    pairs = reverse.preflight(of, teachers)
     named = {Path(word).stem for words in asked for word in words if str(word).endswith(".yaml")}
     assert named == {"taught", "own", "idle", name, "preflight"}
     loaded = {name: load_run(tmp_path / f"{name}.yaml") for name in named}
@@ -78,6 +78,12 @@ def test_every_run_file_of_the_experiments_can_be_read(
         *((first, f"{first}#{name}") for name in ("idle", "pruned", "taught")),
         (f"{first}#idle", f"{first}#taught"),
     ]
+    assert list(pairs) == ["base, idle", "base, pruned", "base, taught", "idle, taught"]
+    first_round = loaded["preflight"]
+    assert first_round.teacher.model == str(of.model)
+    assert {name: Path(one.model) for name, one in first_round.references.items()} == {
+        name: path for name, path in teachers.items() if name != "base"
+    }
     assert (name, loaded[name].seed) == ("A-reverse-1", 1)
     assert loaded[name].train.loss.direction == "reverse"
     assert {one.cache for one in loaded.values()} == {str(tmp_path / "cache")}
@@ -377,14 +383,26 @@ def prompt_scores(name: str, *scores: float, failed: int = 0) -> PromptScores:
     return PromptScores(scores=scores, **of)
 
 
-def test_two_curves_are_compared_prompt_by_prompt() -> None:
-    base = {0: [prompt_scores("a", 1, 0), prompt_scores("b", 0, 0)], None: []}
-    alike = {0: [prompt_scores("a", 0, 1), prompt_scores("b", 0, 0)], None: [prompt_scores("a", 1)]}
-    worse = {0: [prompt_scores("a", 0, 0), prompt_scores("b", 0, 0)], None: []}
-    assert reverse.apart(base, alike) == [{"value": 0, "low": 0, "high": 0}]
-    assert reverse.apart(base, worse) == [{"value": 0.25, "low": 0, "high": 0.5}]
+def test_two_curves_are_compared_round_by_round_on_the_same_prompts() -> None:
+    def of(*scores: tuple[float, float]) -> common.Scores:
+        rounds = {
+            i: [prompt_scores(str(n), *two) for n in range(200)] for i, two in enumerate(scores)
+        }
+        return {**rounds, None: [prompt_scores("0", 1)]}
+
+    base, other = of((1, 0), (1, 1)), of((0, 1), (0, 0))
+    assert reverse.apart(base, other) == [{"value": v, "low": v, "high": v} for v in (0, 1)]
+    other[1][:120] = base[1][:120]
+    (_, last) = reverse.apart(base, other)
+    draws = np.random.default_rng(1).binomial(200, 80 / 200, 100_000) / 200
+    low, high = np.quantile(draws, [0.025, 0.975])
+    assert last == {
+        "value": 0.4,
+        "low": pytest.approx(low, abs=0.006),
+        "high": pytest.approx(high, abs=0.006),
+    }
     with pytest.raises(SystemExit, match="not asked the same"):
-        reverse.apart(base, {0: worse[0][::-1], None: []})
+        reverse.apart(base, {**other, 0: other[0][::-1]})
 
 
 def test_seeds_are_pooled_by_prompt_and_only_of_the_same_prompts() -> None:

@@ -36,7 +36,7 @@ from .plots import Values, by_panel, lines, save
 WEAK = {
     "base": "the model before",
     "idle": "the same tuned on its own answers",
-    "pruned": "the model before, four layers less",
+    "pruned": "the model before, without four layers",
 }
 PAIRS = (("base", "idle"), ("base", "pruned"), ("base", "taught"), ("idle", "taught"))
 
@@ -93,7 +93,7 @@ def main() -> None:
             runs.append({**about, **by_round(bench.out, run)})
         every = {name: pooled(of) for name, of in scores.items()}
         less = {name: apart(every["base"], every[name]) for name in ("idle", "pruned")}
-        written(bench, "reverse", compare=told, base_less=less, runs=runs)
+        written(bench, "reverse", compare=told, accuracy_of_base_minus=less, runs=runs)
     for pair, shared in told.items():
         print(f"{pair}: {', '.join(one['verdict'] for one in shared)}")
     for one in runs:
@@ -101,7 +101,7 @@ def main() -> None:
         print(f"seed {one['seed']} from {one['teacher']}: accuracy by round {rounds}")
     for name, by in less.items():
         ahead = ", ".join("{value:+.3f} [{low:+.3f}, {high:+.3f}]".format(**each) for each in by)
-        print(f"base less {name}, by round: {ahead}")
+        print(f"base minus {name}, by round: {ahead}")
     panels: dict[str, Callable[[dict[str, Any]], Values]] = {
         "accuracy (avg@4)": accuracy,
         "overlap of the top 16": lambda run: [r["overlap"] for r in run["rounds"]],
