@@ -70,7 +70,7 @@ def accuracies(models: Sequence[Answered]) -> tuple[ModelAccuracy, ...]:
     place = {model.round: i for i, model in enumerate(models)}
     made = []
     for i, model in enumerate(models):
-        mean_score, *passes = map(_estimate, means_MA[i], means_RMA[:, i].T)
+        mean_score, *passes = map(estimate, means_MA[i], means_RMA[:, i].T)
         gained = None
         if model.round and 0 in place and None in place:
             compared = np.array([place[0], i, place[None]])
@@ -154,7 +154,8 @@ def recovery(means_3: Floats, means_R3: Floats) -> Recovery:
     )
 
 
-def _estimate(mean: float, means_R: Floats) -> Estimate:
+def estimate(mean: float, means_R: Floats) -> Estimate:
+    """A mean and its interval, from the means [R] of resamples."""
     low, high = _interval(means_R)
     return Estimate(value=float(mean), low=low, high=high)
 

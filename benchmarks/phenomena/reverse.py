@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from opdcache.accuracy import LEVEL, resampled_means
+from opdcache.accuracy import estimate, resampled_means
 
 from .common import (
     Bench,
@@ -68,8 +68,7 @@ def apart(one: Scores, other: Scores) -> list[dict[str, float]]:
             np.array([np.mean(prompt.scores) for prompt in of[index]]) for of in (one, other)
         )
         ahead_P = mean_P - other_mean_P
-        low, high = np.quantile(resampled_means(ahead_P), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-        told.append({"value": float(ahead_P.mean()), "low": float(low), "high": float(high)})
+        told.append(estimate(ahead_P.mean(), resampled_means(ahead_P)).model_dump())
     return told
 
 
