@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from rich import box
 from rich.table import Table
 
-from ..schemas.plan import Measured, Plan, Reading, StageCost, TeacherCost
+from ..schemas.plan import Disk, Measured, Plan, Reading, StageCost, TeacherCost
 from .tables import as_text
 
 
@@ -26,6 +26,7 @@ def plan_lines(plan: Plan) -> Iterator[str]:
     rates = (f"{s.stage} {_measured(s.tokens_per_s, 'tokens/s')}" for s in plan.stages)
     yield f"rates: {', '.join(rates)}"
     yield from _reading_lines(plan.reading)
+    yield from _disk_lines(plan.disk)
     yield from _teacher_lines(plan.teacher, plan.rounds)
     yield from (f"note: {note}" for note in plan.notes)
 
@@ -89,6 +90,32 @@ def _reading_lines(reading: Reading) -> Iterator[str]:
             f"that the learner holds: it reads at least {size_text(reading.reread_bytes)} an "
             "update, whole shards again; a larger rollout.shard_samples avoids it"
         )
+
+
+def _disk_lines(disk: Disk) -> Iterator[str]:
+    if not disk.num_students:
+        return
+    students = f"{disk.num_students:,} student{'' if disk.num_students == 1 else 's'}"
+    yield (
+        f"kept in the run's folder: {students} of {_size(disk.student_bytes)}, and the learner's "
+        f"state of {_size(disk.checkpoint_bytes)}, of which there are two while it is saved"
+    )
+    free = f"{size_text(disk.free_bytes)} free at {disk.free_at}"
+    if disk.most_bytes is None or disk.most_left_bytes is None:
+        yield f"  {free}"
+        return
+    most, left = size_text(disk.most_bytes), size_text(disk.most_left_bytes)
+    yield f"  {most} at most, {left} of it to come; {free}"
+    if disk.most_left_bytes > disk.free_bytes:
+        yield (
+            "  too little: training would stop at a full disk (OPD202); free some, and the same "
+            "command goes on"
+        )
+
+
+def _size(measured: Measured) -> str:
+    size = "a size that nothing tells" if measured.value is None else size_text(measured.value)
+    return f"{size} ({measured.source})"
 
 
 def _teacher_lines(teacher: TeacherCost | None, rounds: Sequence[int]) -> Iterator[str]:

@@ -74,6 +74,18 @@ def score_bytes_per_token(
     return sum(each[column] for column in columns)
 
 
+def checkpoint_bytes_per_parameter(weight_bytes: int, zero_stage: int) -> int:
+    """Bytes that the learner's state takes a trained parameter, over all ranks.
+
+    Float32 masters and two moments; with ZeRO 1 and 2 the weights themselves besides, which are
+    the masters without ZeRO, and a view of them with ZeRO 3.
+
+    Args:
+        weight_bytes: of a weight in the training dtype.
+    """
+    return 12 + (weight_bytes if zero_stage in (1, 2) else 0)
+
+
 def reread_samples(batch_samples: int, num_shards: int, held_shards: int) -> float:
     """Samples of an update whose shard is not in memory, samples being drawn from all shards alike.
 

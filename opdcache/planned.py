@@ -73,12 +73,12 @@ class Look:
     """A run as it would be opened.
 
     Attributes:
-        tokenizer: folder of the student's tokenizer.
+        student: folder of the student's tokenizer, and of its weights where they are here.
         is_blind: the models are not on this machine, so nothing is found in the cache.
     """
 
     context: RunContext
-    tokenizer: Path
+    student: Path
     is_blind: bool
 
 
@@ -141,7 +141,7 @@ class Rounds:
     """
 
     def __init__(self, looked: Look, found: Evidence) -> None:
-        self._context, self._tokenizer = looked.context, looked.tokenizer
+        self._context, self._tokenizer = looked.context, looked.student
         self._is_blind = looked.is_blind
         config, folder = self._context.config, self._context.folder
         every = sorted({step.round for step in steps(config)})

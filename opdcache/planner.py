@@ -1,7 +1,7 @@
 """What a run costs before anything runs: shards, tokens, bytes, time, and its teacher's share.
 
 ``planned`` says what there is to make and what is made, ``measured`` how long, large and fast the
-rest will be, ``costs`` has the arithmetic; this puts them together.
+rest will be, ``disk`` what training keeps, ``costs`` has the arithmetic; this puts them together.
 """
 
 from collections import defaultdict
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from operator import attrgetter
 
 from . import costs, measured
+from .disk import disk
 from .errors import ConfigError
 from .measured import Evidence
 from .planned import Look, Round, Rounds, Shard, look
@@ -50,6 +51,7 @@ def plan(
     found = measured.evidence(looked.context)
     rounds = Rounds(looked, found)
     listed = rounds.of(indexes if round_index is None else [round_index])
+    trained = [each.index for each in listed if each.index < config.rounds]
     lengths = {kind: rounds.lengths[kind].mean for kind in (RolloutRound, HeldOutRound)}
     basis = _basis(looked, found, given, listed, num_workers)
     return Plan(
@@ -63,6 +65,7 @@ def plan(
         rollout_bytes_per_token=basis.rollout_bytes,
         score_bytes_per_token=basis.score_bytes,
         reading=_reading(basis),
+        disk=disk(config.train, looked.context.folder, looked.student, trained),
         teacher=_teacher(basis),
         notes=tuple(_notes(looked, found, rounds, listed)),
     )

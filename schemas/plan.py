@@ -36,7 +36,7 @@ class StageCost(Model):
     most_tokens: int = Field(description="the same by the upper bound of a completion's length")
     left_tokens: int = Field(description="completion tokens to be made, by the estimate")
     most_left_tokens: int = Field(description="the same by the upper bound")
-    size_bytes: int | None = Field(description="stored by the stage; None for train")
+    size_bytes: int | None = Field(description="stored in the cache; None for train, see disk")
     most_size_bytes: int | None = Field(description="the same by the upper bound")
     tokens_per_s: Measured = Field(description="completion tokens a second of one worker")
     left_s: float | None = Field(description="wall time of what is left; None without a rate")
@@ -68,6 +68,26 @@ class Reading(Model):
         description="read again an update on average, since shards are read whole and a round has "
         "more than are held; 0 when it has not"
     )
+
+
+class Disk(Model):
+    """What training keeps in the run's folder.
+
+    A student a round stays; of the learner's state the newest alone, which is whole before the one
+    before it goes.
+    """
+
+    student_bytes: Measured = Field(description="a round's student")
+    checkpoint_bytes: Measured = Field(description="the learner's state, all ranks")
+    num_students: int = Field(description="students of the planned rounds")
+    num_done: int = Field(description="planned rounds that are trained")
+    most_bytes: int | None = Field(
+        description="at most: these students and two states, or none where a state's size is "
+        "unknown; None where that of a student is"
+    )
+    most_left_bytes: int | None = Field(description="the part of it that is not there yet")
+    free_at: str = Field(description="the run's folder, or the nearest above it that is there")
+    free_bytes: int = Field(description="free on its file system")
 
 
 class SharedCost(Model):
@@ -110,5 +130,6 @@ class Plan(Model):
     rollout_bytes_per_token: Measured = Field(description="stored a completion token")
     score_bytes_per_token: Measured = Field(description="stored a completion token")
     reading: Reading = Field(description="what training reads")
+    disk: Disk = Field(description="what training keeps in the run's folder")
     teacher: TeacherCost | None = Field(description="None when a stage has no rate")
     notes: tuple[str, ...] = Field(description="what else a reader of these numbers should know")

@@ -17,6 +17,8 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
+from opdcache.disk import disk
+from opdcache.identity import tokenizer_files
 from opdcache.runfolder import RunFolder
 from opdcache.schemas.config import RunConfig
 from opdcache.schemas.rounds import TrainRound
@@ -431,6 +433,15 @@ OFFLOADED = {
 DOUBLE_BF16 = {f"double-{name}": train for name, train in BF16.items()}
 BF16_OFFLOADED = {name.replace("bf16", "bf16-offloaded"): train for name, train in BF16.items()}
 DOUBLE_OFFLOADED = {f"double-{name}": train for name, train in OFFLOADED.items()}
+PLANNED = {
+    **{name: train for name, (tie, train) in SINGLE.items() if tie == "tied"},
+    **DOUBLE,
+    **BF16,
+    **DOUBLE_BF16,
+    **OFFLOADED,
+    **DOUBLE_OFFLOADED,
+    **{name: {**train, "offload_optimizer": True} for name, train in BF16_OFFLOADED.items()},
+}
 STOPPED = {
     "stopped-zero0": {"zero_stage": 0},
     "stopped-zero1": {"zero_stage": 1},
@@ -609,6 +620,20 @@ def test_an_offloaded_optimizer_in_bf16_ends_in_the_same_bits(trained: Trained, 
     other = name.replace("bf16", "bf16-offloaded")
     ours, theirs = (exact_bytes(trained.base / n / "students" / "001") for n in (other, name))
     assert all(torch.equal(ours[tensor], theirs[tensor]) for tensor in theirs)
+
+
+@pytest.mark.parametrize("name", PLANNED)
+def test_a_plan_foresees_what_a_student_and_a_checkpoint_take(trained: Trained, name: str) -> None:
+    config = run_config(name, trained.base, trained.student, **PLANNED[name])
+    train = RunConfig.model_validate_json(json.dumps(config)).train
+    before, after = (
+        disk(train, RunFolder(trained.base / run), trained.student, [0]) for run in ("none", name)
+    )
+    whole = before.student_bytes.value + sum(
+        file.stat().st_size for file in tokenizer_files(trained.student)
+    )
+    assert after.student_bytes.value == pytest.approx(whole, rel=0.05)
+    assert after.checkpoint_bytes.value == pytest.approx(before.checkpoint_bytes.value, rel=0.05)
 
 
 def test_completions_of_a_prompt_are_trained_on_together_on_two_ranks_as_on_one(

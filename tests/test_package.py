@@ -167,17 +167,17 @@ def test_the_contract_imports_nothing_outside_itself() -> None:
         ),
         (
             ("opdcache.rollout", "opdcache.score", "opdcache.train", "opdcache.audit"),
-            ("rounds", "planner", "planned", "measured", "cli", "jobs"),
+            ("rounds", "planner", "planned", "measured", "disk", "cli", "jobs"),
         ),
         (
             (
                 "opdcache.rounds",
                 "opdcache.evaluation",
             ),
-            ("planner", "cli", "jobs"),
+            ("planner", "disk", "cli", "jobs"),
         ),
         (
-            ("opdcache.planner", "opdcache.planned", "opdcache.measured"),
+            ("opdcache.planner", "opdcache.planned", "opdcache.measured", "opdcache.disk"),
             ("cli", "jobs"),
         ),
         (

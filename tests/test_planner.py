@@ -5,8 +5,10 @@ import platform
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 
@@ -19,10 +21,11 @@ from opdcache.rollout.stage import RolloutPlan, plan_rounds
 from opdcache.runfile import load_rates, load_run
 from opdcache.runfolder import RunContext, open_run
 from opdcache.schemas.manifests import RolloutManifest
-from opdcache.schemas.plan import Plan, Rates, StageCost
+from opdcache.schemas.plan import Measured, Plan, Rates, StageCost
 from opdcache.schemas.rounds import RolloutRound, TrainRound
 from opdcache.stage import Silent, Worker
 from opdcache.store.cache import Cache, as_listed, rollout_commit
+from opdcache.train.saved import Saved
 
 from . import shards
 
@@ -517,6 +520,90 @@ def test_rounds_planned_together_are_those_planned_alone(folder: Path) -> None:
     alone = [next(iter(plan_rounds(context, student, "p", [index]))) for index in (0, 1)]
     assert [list(plan.tasks) for plan in together] == [list(plan.tasks) for plan in alone]
     assert set(together[0].tasks) != set(together[1].tasks)
+
+
+PARAMETERS = 5 * 7 + 3
+
+
+@pytest.fixture
+def weighing(folder: Path) -> Path:
+    """A student whose weights are in two files, in another precision than it is trained in."""
+    from safetensors.numpy import save_file
+
+    student = folder / "student"
+    (student / "model.safetensors").unlink()
+    save_file({"wide": np.zeros((5, 7), np.float16)}, student / "model-1.safetensors")
+    save_file({"short": np.zeros(3, np.float16)}, student / "model-2.safetensors")
+    files = {"wide": "model-1.safetensors", "short": "model-2.safetensors"}
+    (student / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+    return folder
+
+
+def test_disk_is_estimated_by_the_parameters_and_the_training_dtype(weighing: Path) -> None:
+    disk = planned(write_run(weighing, train={"dtype": "float32", "zero_stage": 0})).disk
+    assert (disk.student_bytes.value, disk.checkpoint_bytes.value) == (4 * 38, 12 * 38)
+    assert disk.student_bytes.source == f"estimated: {PARAMETERS} parameters of 4 bytes"
+    assert (disk.num_students, disk.num_done) == (2, 0)
+    assert disk.most_bytes == disk.most_left_bytes == (2 * 4 + 2 * 12) * PARAMETERS
+    assert disk.free_at == str(weighing)
+    assert disk.free_bytes == pytest.approx(shutil.disk_usage(weighing).free, rel=0.1)
+
+
+def test_disk_is_measured_once_a_round_is_trained(weighing: Path) -> None:
+    path = write_run(weighing)
+    context = opened(path)
+    folder = context.folder
+    trained(context, 0)
+    newest = Saved(round=0, num_updates=2, num_ranks=1)
+    sizes = {"students/001": 100, "students/.002-draft": 7}
+    sizes |= {f"checkpoints/{newest.tag}": 1000, "checkpoints/half-of-the-next": 3000}
+    for name, size in sizes.items():
+        (folder.path / name).mkdir(parents=True)
+        (folder.path / name / "weights").write_bytes(bytes(size))
+    assert planned(path).disk.checkpoint_bytes.value == 14 * PARAMETERS  # none is whole
+    newest.become_newest(folder.checkpoints)
+    disk = planned(path).disk
+    assert disk.student_bytes == Measured(value=100, source="this run's students")
+    assert disk.checkpoint_bytes == Measured(value=1000, source="this run's checkpoint")
+    assert (disk.num_done, disk.most_bytes, disk.most_left_bytes) == (1, 2200, 1100)
+    trained(context, 1)
+    assert planned(path).disk.most_left_bytes == 0
+
+
+def test_disk_of_one_round_has_one_student(weighing: Path) -> None:
+    disk = planned(write_run(weighing), round_index=1).disk
+    assert (disk.num_students, disk.most_bytes) == (1, (2 + 2 * 14) * PARAMETERS)
+
+
+def test_disk_of_adapters_is_known_when_they_are_saved(weighing: Path) -> None:
+    disk = planned(write_run(weighing, train={"lora": {"rank": 4}})).disk
+    assert (disk.student_bytes.value, disk.checkpoint_bytes.value) == (2 * PARAMETERS, None)
+    assert disk.most_bytes == disk.most_left_bytes == 2 * 2 * PARAMETERS
+
+
+def test_disk_is_unknown_where_weights_are_not_all_safetensors(weighing: Path) -> None:
+    (weighing / "student" / "model-2.safetensors").unlink()
+    disk = planned(write_run(weighing)).disk
+    assert disk.student_bytes.value is disk.checkpoint_bytes.value is disk.most_bytes is None
+
+
+def test_disk_counts_rounds_whose_rollouts_another_run_has_yet_to_make(weighing: Path) -> None:
+    (weighing / "elsewhere").mkdir()
+    evaluation = {"source": {"type": "jsonl", "path": "held-out.jsonl"}, "num_prompts": 1}
+    path = write_run(weighing, rollouts={"from": "elsewhere"}, evaluation=evaluation)
+    assert planned(path).disk.num_students == 2
+    assert planned(path, round_index=2).disk.num_students == 0  # held-out completions alone
+
+
+def test_the_command_says_where_the_disk_is_too_small(
+    weighing: Path, command: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "too little" not in command()
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    printed = command()
+    assert "2 students of 76 bytes (estimated: 38 parameters of 2 bytes)" in printed
+    line = f"  1.2 kB at most, 1.2 kB of it to come; 1.0 kB free at {weighing}"
+    assert f"{line}\n  too little" in printed
 
 
 @pytest.mark.parametrize(

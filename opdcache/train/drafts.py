@@ -12,14 +12,18 @@ _LEAST_FREE_BYTES = 2**24
 """A large write fails before the last byte is taken, and some file systems keep blocks back."""
 
 
+def nearest(path: Path) -> Path:
+    """The path, or the nearest folder above it that is there."""
+    return next(p for p in (path, *path.parents) if p.exists())
+
+
 @contextmanager
 def space(path: Path) -> Iterator[None]:
     """A full disk as one error: torch, DeepSpeed and safetensors each raise their own."""
     try:
         yield
     except Exception as error:
-        there = next(p for p in (path, *path.parents) if p.exists())
-        full = shutil.disk_usage(there).free < _LEAST_FREE_BYTES
+        full = shutil.disk_usage(nearest(path)).free < _LEAST_FREE_BYTES
         if full or "no space left" in str(error).lower():
             raise StoreFull(
                 "no space left", where=path, remedy="free some, then run the same command again"
