@@ -28,6 +28,7 @@ from typing import Any, ClassVar
 from matplotlib.figure import Figure
 
 from opdcache.jobs.processes import Processes
+from opdcache.jobs.ranks import threads_each
 from opdcache.runfolder import RunFolder
 from opdcache.schemas.rounds import RolloutRound
 
@@ -204,7 +205,7 @@ class Lagged(Arm):
 
 
 def _command(started: Processes, stage: str, file: Path, index: int) -> None:
-    threads = os.environ.get("OMP_NUM_THREADS", str(os.cpu_count()))
+    threads = os.environ.get("OMP_NUM_THREADS", str(threads_each(1)))
     process = started.start(
         [stage, str(file), "--round", str(index)],
         {"OMP_NUM_THREADS": threads, **importable()},
