@@ -78,7 +78,8 @@ def drawn(panels: Sequence[Panel]) -> Figure:
             axis.set_xticks(range(len(panel.ticks)), panel.ticks)
         axis.grid(alpha=0.3)
     handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)))
+    columns = min(len(panels), len(labels))
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns)
     return figure
 
 
