@@ -64,7 +64,7 @@ def test_supports_tell_a_line_a_loss_and_seed(ended: Ended) -> None:
         by_round=lambda out, run, verifier: {
             "rounds": [{**ROUND, "largest_gradient": g} for g in (len(run), 1)]
         },
-        begun=given(END),
+        begun=lambda bench, seed, rounds: {"seed": seed, **END},
     )
     assert printed == [
         f"seed {seed} {loss}: accuracy 0.500 [0.400, 0.600], reverse KL {seed}.0000, "
@@ -84,7 +84,10 @@ def test_staleness_tells_how_old_an_arm_s_rollouts_were(ended: Ended) -> None:
     trained: list[Any] = []
     arms = [SimpleNamespace(train=trained.append, end=given(one)) for one in ends]
     printed, results = ended(
-        *(staleness, "staleness-8"), Processes=given("one"), arms=given(arms), begun=given(END)
+        *(staleness, "staleness-8"),
+        Processes=given("one"),
+        arms=given(arms),
+        begun=given({"seed": 0, **END}),
     )
     assert trained == ["one", "one"]
     rest = "(1.5 rounds old in the mean): reverse KL 0.2500, accuracy 0.500, ESS 0.80, 64 updates,"

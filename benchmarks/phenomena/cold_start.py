@@ -28,10 +28,10 @@ from .common import (
     compared,
     source,
     verified,
-    written,
 )
 from .damaged import damaged
 from .plots import Panel, drawn, save
+from .results import Rows
 
 LAYERS = (3, 6, 10, 13, 16, 19, 23, 26)
 TEACHERS_PROMPTS = 500_000
@@ -80,21 +80,21 @@ def main() -> None:
     asked = parser.parse_args()
     if asked.rounds < 2:
         raise SystemExit("--rounds: 2 at least, one of them for the cold start")
-    bench, runs = Bench(asked), list[dict[str, Any]]()
+    bench = Bench(asked)
+    rows = Rows(bench, "cold_start", "seed", "arm")
     student = damaged(bench, "taught", bench.taught, LAYERS)
     for seed in asked.seeds:
         for name, arm in {"without": without, "with": with_one}.items():
-            runs.append({"seed": seed, "arm": name, **told(bench, arm(bench, student, seed))})
-            written(bench, "cold_start", runs=runs)
-    equal = min(run["tokens"][-1] for run in runs)
-    for run in runs:
+            rows.add({"seed": seed, "arm": name, **told(bench, arm(bench, student, seed))})
+    equal = min(run["tokens"][-1] for run in rows.runs)
+    for run in rows.runs:
         last = run["models"][-2]["mean_score"]
         print(
             f"seed {run['seed']} {run['arm']} a cold start: accuracy {last['value']:.3f} "
             f"[{last['low']:.3f}, {last['high']:.3f}] after {run['tokens'][-1]:,} tokens, "
             f"{np.interp(equal, run['tokens'], accuracy(run)):.3f} after {equal:,}"
         )
-    curves = [(f"{run['arm']} a cold start", run["tokens"], accuracy(run)) for run in runs]
+    curves = [(f"{run['arm']} a cold start", run["tokens"], accuracy(run)) for run in rows.runs]
     save(
         drawn([Panel("accuracy (avg@4)", "tokens trained on", curves)]),
         bench.out / "cold_start.png",

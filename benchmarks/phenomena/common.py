@@ -267,7 +267,8 @@ def beginning(bench: Bench, seed: int, rounds: int) -> Sequence[Path]:
 
 def begun(bench: Bench, seed: int, rounds: int) -> dict[str, Any]:
     """The last of these policies on held-out prompts; nothing of the model itself."""
-    return ended(bench, _begun(seed, rounds), bench.taught, rounds) if rounds else {}
+    end = ended(bench, _begun(seed, rounds), bench.taught, rounds) if rounds else {}
+    return {"seed": seed, **end}
 
 
 LATER = 900
@@ -418,9 +419,3 @@ def weighted(rows: Sequence[Mapping[str, Any]], name: str) -> float | None:
     """Token-mean of a metric over updates; None where it is in none."""
     held = [(row[name], row["num_tokens"]) for row in rows if row.get(name) is not None]
     return sum(v * n for v, n in held) / sum(n for _, n in held) if held else None
-
-
-def written(bench: Bench, name: str, **results: Any) -> None:
-    """Write an experiment's results, with its arguments, as JSON."""
-    whole = {"arguments": {key: str(value) for key, value in vars(bench.asked).items()}, **results}
-    (bench.out / f"{name}.json").write_text(json.dumps(whole, indent=1) + "\n")

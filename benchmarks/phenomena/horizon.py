@@ -16,9 +16,10 @@ from opdcache.runfolder import RunFolder
 from opdcache.schemas.rounds import RolloutRound, ScoreRound
 from opdcache.store.cache import Cache
 
-from .common import Bench, arguments, by_round, divergence, stored, written
+from .common import Bench, arguments, by_round, divergence, stored
 from .damaged import damaged, healing
 from .plots import Panel, drawn, save
+from .results import Rows
 
 LENGTH = 96
 SHARES = (0.1, 0.25, 0.5, 1.0)
@@ -64,11 +65,12 @@ def main() -> None:
     parser = arguments(__doc__)
     parser.set_defaults(rounds=3, prompts=64, evaluated=48, lr=5e-5)
     asked = parser.parse_args()
-    bench, runs, cache = Bench(asked), list[dict[str, Any]](), Cache(str(asked.out / "cache"))
+    bench, cache = Bench(asked), Cache(str(asked.out / "cache"))
+    rows = Rows(bench, "horizon", "seed", "share")
     for seed in asked.seeds:
         for share in SHARES:
             run = arm(bench, share, seed)
-            runs.append(
+            rows.add(
                 {
                     "seed": seed,
                     "share": share,
@@ -77,15 +79,14 @@ def main() -> None:
                     **by_round(bench.out, run),
                 }
             )
-            written(bench, "horizon", runs=runs)
-    for one in runs:
+    for one in rows.runs:
         kls, spent = one["reverse_kl"], one["spent"][-1]
         print(
             f"seed {one['seed']} first {one['share']:.0%}: reverse KL {kls[0]:.4f} -> "
             f"{kls[-1]:.4f} for {spent['bytes'] / 1e6:.2f} MB, {spent['teacher_tokens']:,.0f} "
             f"teacher tokens, {spent['learner_s']:.0f} s of the learner"
         )
-    save(drawn([_panel(runs, key) for key in COSTS]), bench.out / "horizon.png")
+    save(drawn([_panel(rows.runs, key) for key in COSTS]), bench.out / "horizon.png")
 
 
 def _panel(runs: list[dict[str, Any]], key: str) -> Panel:

@@ -23,9 +23,9 @@ from .common import (
     compared,
     pooled,
     verified,
-    written,
 )
 from .plots import Values, by_panel, lines, save
+from .results import written
 
 SAMPLES = 2
 """Answers a held-out prompt: they are most of what a round samples."""

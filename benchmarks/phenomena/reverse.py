@@ -28,10 +28,10 @@ from .common import (
     opdcache,
     pooled,
     verified,
-    written,
 )
 from .damaged import damaged
 from .plots import Values, by_panel, lines, save
+from .results import written
 
 WEAK = {
     "base": "the model before",

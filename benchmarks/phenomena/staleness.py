@@ -44,9 +44,9 @@ from .common import (
     ended,
     importable,
     weighted,
-    written,
 )
 from .plots import Panel, drawn, save
+from .results import Rows
 
 LAGS = (0, 1, 2, 4)
 ENDS = (0, 4)
@@ -58,6 +58,7 @@ LOSSES: dict[str, tuple[dict[str, Any], tuple[int, ...], tuple[int, ...]]] = {
     "sampled": (SAMPLED, ENDS, ()),
     "sampled, weighted": ({**SAMPLED, "importance_cap": 2.0}, ENDS, ()),
     "overlap, reverse": ({"support": "overlap", "direction": "reverse"}, ENDS, ()),
+    "overlap, forward": ({"support": "overlap", "direction": "forward"}, (0,), ()),
     "student_topk, reverse": ({"support": "student_topk", "direction": "reverse"}, (0,), ()),
 }
 """Loss, its lags, and how many rounds before it replays."""
@@ -215,6 +216,9 @@ def _command(started: Processes, stage: str, file: Path, index: int) -> None:
         raise SystemExit(f"opdcache {stage} {file}: exit code {process.exitcode}")
 
 
+KINDS = (Lagged.KIND, Replayed.KIND)
+
+
 def arms(bench: Bench, seed: int) -> Iterator[Lagged | Replayed]:
     """What is trained of a seed, as it was asked for."""
     asked = bench.asked
@@ -261,16 +265,14 @@ def main() -> None:
     parser.add_argument("--replays", type=int, nargs="*", default=REPLAYS[-1:])
     parser.set_defaults(rounds=8)
     asked = parser.parse_args()
-    bench, runs, started = Bench(asked), list[dict[str, Any]](), Processes(with_vllm=True)
-    starts = list[dict[str, Any]]()
+    bench, started = Bench(asked), Processes(with_vllm=True)
+    rows = Rows(bench, f"staleness-{asked.begin}", "seed", "loss", *KINDS, "parts")
     for seed in asked.seeds:
         for arm in arms(bench, seed):
             arm.train(started)
-            runs.append(arm.end())
-            written(bench, f"staleness-{asked.begin}", starts=starts, runs=runs)
-        starts.append(begun(bench, seed, asked.begin))
-    written(bench, f"staleness-{asked.begin}", starts=starts, runs=runs)
-    for run in runs:
+            rows.add(arm.end())
+        rows.begin(begun(bench, seed, asked.begin))
+    for run in rows.runs:
         what = f"replayed {run['replayed']}" if "parts" in run else f"lag {run['lag']}"
         print(
             f"seed {run['seed']} {run['loss']}, {what} ({run['mean_age']:.1f} rounds "
@@ -278,7 +280,7 @@ def main() -> None:
             f"{run['accuracy']['value']:.3f}, ESS {run['ess']:.2f}, {run['updates']} updates, "
             f"{run['teacher_tokens']:,} teacher tokens"
         )
-    save(picture(runs), bench.out / f"staleness-{asked.begin}.png")
+    save(picture(rows.runs), bench.out / f"staleness-{asked.begin}.png")
 
 
 if __name__ == "__main__":

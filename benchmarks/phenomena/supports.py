@@ -26,9 +26,9 @@ from .common import (
     begun,
     by_round,
     ended,
-    written,
 )
 from .plots import Values, by_panel, lines, save
+from .results import Rows
 
 FORM = {"direction": "reverse", "normalisation": "reference"}
 SUPPORTS = ("overlap", "student_topk", "teacher_topk", "union", "symmetric_difference")
@@ -57,11 +57,12 @@ def main() -> None:
     parser.add_argument("--losses", nargs="+", default=list(LOSSES), choices=list(LOSSES))
     parser.set_defaults(rounds=8)
     asked = parser.parse_args()
-    bench, starts, runs = Bench(asked), list[dict[str, Any]](), list[dict[str, Any]]()
+    bench = Bench(asked)
+    rows = Rows(bench, "supports", "seed", "loss")
     for seed in asked.seeds:
         for loss in asked.losses:
             run = arm(bench, loss, seed)
-            runs.append(
+            rows.add(
                 {
                     "seed": seed,
                     "loss": loss,
@@ -69,10 +70,8 @@ def main() -> None:
                     **by_round(bench.out, run, VERIFIER),
                 }
             )
-            written(bench, "supports", starts=starts, runs=runs)
-        starts.append(begun(bench, seed, asked.begin))
-    written(bench, "supports", starts=starts, runs=runs)
-    for one in runs:
+        rows.begin(begun(bench, seed, asked.begin))
+    for one in rows.runs:
         last = one["accuracy"]
         print(
             f"seed {one['seed']} {one['loss']}: accuracy {last['value']:.3f} "
@@ -85,7 +84,7 @@ def main() -> None:
         "student's entropy (nats)": lambda of: [r["student_entropy"] for r in of["rounds"]],
         "largest gradient of a round": lambda of: [r["largest_gradient"] for r in of["rounds"]],
     }
-    curves = by_panel(panels, runs, lambda run: str(run["loss"]))
+    curves = by_panel(panels, rows.runs, lambda run: str(run["loss"]))
     save(lines(curves, "policy round"), bench.out / "supports.png")
 
 

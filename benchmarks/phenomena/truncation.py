@@ -30,9 +30,10 @@ from opdcache.score.transformers_scorer import TransformersScorer
 from opdcache.store.cache import Cache
 from opdcache.store.rollouts import token_lists
 
-from .common import Bench, arguments, manifests, stored, written
+from .common import Bench, arguments, manifests, stored
 from .damaged import damaged, healing
 from .plots import Panel, drawn, save
+from .results import Rows
 
 LENGTH = 48
 SHARD_SAMPLES = 256
@@ -170,7 +171,8 @@ def main() -> None:
     asked = parser.parse_args()
     if max(asked.seeds) >= HELD_OUT:
         raise SystemExit(f"--seeds: below {HELD_OUT}")
-    bench, runs, cache = Bench(asked), list[dict[str, Any]](), Cache(str(asked.out / "cache"))
+    bench, cache = Bench(asked), Cache(str(asked.out / "cache"))
+    rows = Rows(bench, "truncation", "seed", "loss", "entries")
     fresh = sequences(sampled(bench, "held-out", HELD_OUT, asked.evaluated), cache)
     before = against(damaged(bench, "whole", bench.model), bench.model, fresh)
     for seed in asked.seeds:
@@ -179,25 +181,25 @@ def main() -> None:
         for loss, (_, sizes) in ARMS.items():
             for num in sizes:
                 folder = bench.folder(arm(bench, loss, num, seed, trained_on))
-                runs.append(
+                rows.add(
                     {
                         "seed": seed,
                         "loss": loss,
                         "entries": num,
                         "bytes_per_token": bytes_per_token(folder, cache, num),
                         **against(folder.student_path(1), bench.model, fresh),
-                    }
+                    },
+                    before=before,
                 )
-                written(bench, "truncation", before=before, runs=runs)
     print(f"before: {said(before)}; the top {FULL:,} hold {before['full_mass']:.5f}")
-    for run in runs:
+    for run in rows.runs:
         print(
             f"seed {run['seed']} {run['loss']}, {run['entries']:,} "
             f"({run['bytes_per_token']:.1f} bytes a token): {said(run)}"
         )
         if run["loss"] == "draws":
-            print(f"    top k and tail, as many bytes: {said(as_large(run, runs))}")
-    save(drawn(panels(runs)), bench.out / "truncation.png")
+            print(f"    top k and tail, as many bytes: {said(as_large(run, rows.runs))}")
+    save(drawn(panels(rows.runs)), bench.out / "truncation.png")
 
 
 def said(of: dict[str, Any]) -> str:
