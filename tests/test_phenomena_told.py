@@ -183,3 +183,14 @@ def test_reverse_distillation_tells_every_round_apart(
         ),
     ]
     assert set(results["accuracy_of_base_minus"]) == {"idle", "pruned"}
+
+
+def test_an_age_that_one_seed_lacks_is_the_other_s_mean() -> None:
+    def run(seed: int, lag: int, kl: float) -> dict[str, Any]:
+        about = {"seed": seed, "loss": "sampled", "lag": lag, "mean_age": lag, "ess": 1.0}
+        return {**about, **END, "reverse_kl": kl}
+
+    figure = staleness.picture([run(0, 4, 0.4), run(1, 0, 0.2), run(0, 0, 0.1)])
+    *seeds, mean = ([*map(list, line.get_data())] for line in figure.axes[0].get_lines())
+    assert seeds == [[[0, 4], [0.1, 0.4]], [[0, None], [0.2, None]]]
+    assert mean == [[0, 4], [pytest.approx(0.15), 0.4]]

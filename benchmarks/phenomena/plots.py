@@ -15,7 +15,8 @@ Curves = Mapping[str, Sequence[tuple[str, Values]]]
 
 @dataclass(frozen=True, slots=True)
 class Panel:
-    """What one panel shows: name, places and values of each run.
+    """What one panel shows: name, places and values of each run, equally many a name, None where
+    a run has none.
 
     Attributes:
         across: what the places are.
@@ -25,7 +26,7 @@ class Panel:
 
     title: str
     across: str
-    runs: Sequence[tuple[str, Sequence[float], Values]]
+    runs: Sequence[tuple[str, Values, Values]]
     ticks: Sequence[str] | None = None
     logarithmic: bool = False
 
@@ -57,13 +58,13 @@ def drawn(panels: Sequence[Panel]) -> Figure:
     figure = Figure(figsize=(3.4 * len(panels), 3.4), layout="constrained")
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for axis, panel in zip(axes, panels, strict=True):
-        arms: dict[str, list[tuple[Sequence[float], Values]]] = {}
+        arms: dict[str, list[tuple[Values, Values]]] = {}
         for name, places, values in panel.runs:
             arms.setdefault(name, []).append((places, values))
         for colour, (name, seeds) in enumerate(arms.items()):
             style = {"color": f"C{colour}"}
             for places, values in seeds if len(seeds) > 1 else ():
-                axis.plot(places, values, alpha=0.35, linewidth=0.8, **style)
+                axis.plot(places, values, alpha=0.35, linewidth=0.8, marker=".", **style)
             axis.plot(
                 *map(_means, zip(*seeds, strict=True)),
                 marker="o",

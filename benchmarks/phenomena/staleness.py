@@ -45,7 +45,7 @@ from .common import (
     importable,
     weighted,
 )
-from .plots import Panel, drawn, save
+from .plots import Panel, Values, drawn, save
 from .results import Rows
 
 LAGS = (0, 1, 2, 4)
@@ -237,19 +237,26 @@ def picture(runs: Sequence[dict[str, Any]]) -> Figure:
         "accuracy (avg@4)": lambda run: run["accuracy"]["value"],
         "ESS": lambda run: run["ess"],
     }
-    of: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    of: dict[tuple[str, int], dict[int, dict[str, Any]]] = {}
+    ages: dict[str, set[int]] = {}
     for run in runs:
-        name = f"{run['loss']}, 1/{run['parts']} of the tokens" if "parts" in run else run["loss"]
-        of.setdefault((name, run["seed"]), []).append(run)
+        parted = "parts" in run
+        name = f"{run['loss']}, 1/{run['parts']} of the tokens" if parted else run["loss"]
+        age = run["replayed" if parted else "lag"]
+        of.setdefault((name, run["seed"]), {})[age] = run
+        ages.setdefault(name, set()).add(age)
+
+    def values(name: str, seed: int, value: Callable[[dict[str, Any]], float]) -> Values:
+        held = of[name, seed]
+        return [value(held[age]) if age in held else None for age in sorted(ages[name])]
+
+    across = "mean age of the rollouts, rounds"
     return drawn(
         [
             Panel(
                 title,
-                "mean age of the rollouts, rounds",
-                [
-                    (name, [r["mean_age"] for r in same], [value(r) for r in same])
-                    for (name, _), same in of.items()
-                ],
+                across,
+                [(n, values(n, s, lambda r: r["mean_age"]), values(n, s, value)) for n, s in of],
             )
             for title, value in panels.items()
         ]
