@@ -90,6 +90,18 @@ def test_every_run_file_of_the_experiments_can_be_read(
     assert teachers["taught"] == RunFolder(tmp_path / "taught").student_path(1)
 
 
+@pytest.mark.parametrize("stages", [(), ("rollout", "score")])
+def test_of_a_whole_run_students_stay_and_its_checkpoint_goes(
+    tmp_path: Path, tiny_student: Path, asked: list[tuple[Any, ...]], stages: tuple[str, ...]
+) -> None:
+    of, folder = bench(tmp_path, tiny_student), RunFolder(tmp_path / "run")
+    for kept in (folder.checkpoints, folder.student_path(1)):
+        (kept / "part").mkdir(parents=True)
+    of.run("run", of.config(tiny_student, tiny_student), *stages)
+    assert folder.checkpoints.exists() == bool(stages)
+    assert folder.student_path(1).exists()
+
+
 def test_a_cold_start_costs_as_many_completions_as_it_saves(
     tmp_path: Path, tiny_student: Path, asked: list[tuple[Any, ...]]
 ) -> None:
@@ -313,12 +325,15 @@ def test_a_lagged_learner_takes_the_rollouts_of_its_older_policies(
         given.append((stage, file.stem, index))
         if stage == "rollout" and file.stem[-2:] in ("-0", "-1", "-2", "-3"):
             RunFolder(of.out / file.stem).write(sampled, anew=True)
+        if stage == "train":
+            RunFolder(of.out / file.stem).checkpoints.mkdir(parents=True, exist_ok=True)
 
     monkeypatch.setattr(staleness, "_command", note)
     begun = [tiny_student, *(Path(f"/older/{index}") for index in range(num_begun))]
     arm = staleness.Lagged(of, begun, loss, age=2, seed=7)
     arm.train(None)  # type: ignore[arg-type]
     assert [file for stage, file, _ in given if stage == "train"] == [arm.name] * 4
+    assert not arm.folder.checkpoints.exists()
     samplers = [load_run(tmp_path / f"{arm.name}-{i}.yaml") for i in range(4)]
     policies = [Path(one.student.model) for one in samplers]
     before = {0: [0, 0, 0], 1: [0, 0, 1], 3: [1, 2, 3]}[num_begun]

@@ -150,10 +150,14 @@ class Bench:
         return file
 
     def run(self, name: str, config: dict[str, Any], *stages: str) -> RunFolder:
-        """Write a run file and carry it out: all of it, or some stages of round 0."""
+        """Write a run file and carry it out: all of it, or some stages of round 0.
+
+        Of all of it, what it would go on from is deleted: the arms are many, and it is 2 GB.
+        """
         file = self.file(name, config)
         if not stages:
             opdcache("run", file)
+            rmtree(self.folder(name).checkpoints, ignore_errors=True)
         for stage in stages:
             opdcache(stage, file, "--round", 0)
         return self.folder(name)
@@ -293,11 +297,7 @@ def reserved(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def ended(bench: Bench, name: str, teacher: Path, rounds: int) -> dict[str, Any]:
-    """A run's last student on held-out prompts, where its rounds only kept them from training.
-
-    What the run would go on from is deleted: the arms of an experiment are many, and it is 2 GB.
-    """
-    rmtree(bench.folder(name).checkpoints, ignore_errors=True)
+    """A run's last student on held-out prompts, where its rounds only kept them from training."""
     run = f"{name}-end"
     config = bench.config(bench.folder(name).student_path(rounds), teacher, rounds=1)
     config["prompts"]["per_round"] = 1

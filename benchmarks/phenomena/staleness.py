@@ -23,6 +23,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from shutil import rmtree
 from typing import Any, ClassVar
 
 from matplotlib.figure import Figure
@@ -166,6 +167,7 @@ class Lagged(Arm):
             self._sample(started, index)
             for stage in ("rollout", "score", "train"):
                 _command(started, stage, file, index)
+        rmtree(self.folder.checkpoints, ignore_errors=True)
 
     def ages(self, index: int) -> Sequence[int]:
         """Of the rollouts that a round trains on."""
