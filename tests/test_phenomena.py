@@ -92,12 +92,17 @@ def test_every_run_file_of_the_experiments_can_be_read(
 
 @pytest.mark.parametrize("stages", [(), ("rollout", "score")])
 def test_of_a_whole_run_students_stay_and_its_checkpoint_goes(
-    tmp_path: Path, tiny_student: Path, asked: list[tuple[Any, ...]], stages: tuple[str, ...]
+    tmp_path: Path, tiny_student: Path, monkeypatch: pytest.MonkeyPatch, stages: tuple[str, ...]
 ) -> None:
     of, folder = bench(tmp_path, tiny_student), RunFolder(tmp_path / "run")
     for kept in (folder.checkpoints, folder.student_path(1)):
         (kept / "part").mkdir(parents=True)
+    there: list[bool] = []
+    monkeypatch.setattr(
+        common, "opdcache", lambda *words: there.append(folder.checkpoints.exists())
+    )
     of.run("run", of.config(tiny_student, tiny_student), *stages)
+    assert there == [True] * (len(stages) or 1)
     assert folder.checkpoints.exists() == bool(stages)
     assert folder.student_path(1).exists()
 
@@ -288,7 +293,8 @@ def test_seeds_are_drawn_thin_and_their_mean_thick() -> None:
     runs = [("a", [1, 10], [0.0, 2.0]), ("a", [3, 30], [1.0, None]), ("b", [2], [5.0])]
     (axis,) = drawn([Panel("t", "bytes", runs, logarithmic=True)]).axes
     curves = [(list(line.get_xdata()), list(line.get_ydata())) for line in axis.lines]
-    assert curves[2] == ([2, 20], [0.5, 2.0])
+    assert curves[1] == ([3], [1.0])
+    assert curves[2] == ([2], [0.5])
     assert curves[3] == ([2], [5.0])
     assert (len(curves), axis.get_xscale()) == (4, "log")
 
@@ -326,7 +332,9 @@ def test_a_lagged_learner_takes_the_rollouts_of_its_older_policies(
         if stage == "rollout" and file.stem[-2:] in ("-0", "-1", "-2", "-3"):
             RunFolder(of.out / file.stem).write(sampled, anew=True)
         if stage == "train":
-            RunFolder(of.out / file.stem).checkpoints.mkdir(parents=True, exist_ok=True)
+            checkpoints = RunFolder(of.out / file.stem).checkpoints
+            assert checkpoints.exists() == (index > 0)
+            checkpoints.mkdir(parents=True, exist_ok=True)
 
     monkeypatch.setattr(staleness, "_command", note)
     begun = [tiny_student, *(Path(f"/older/{index}") for index in range(num_begun))]

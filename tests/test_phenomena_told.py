@@ -12,6 +12,7 @@ from benchmarks.phenomena import (
     cold_start,
     common,
     horizon,
+    plots,
     reverse,
     staleness,
     supports,
@@ -64,7 +65,7 @@ def test_supports_tell_a_line_a_loss_and_seed(ended: Ended) -> None:
         by_round=lambda out, run, verifier: {
             "rounds": [{**ROUND, "largest_gradient": g} for g in (len(run), 1)]
         },
-        begun=lambda bench, seed, rounds: {"seed": seed, **END},
+        begun=given(END),
     )
     assert printed == [
         f"seed {seed} {loss}: accuracy 0.500 [0.400, 0.600], reverse KL {seed}.0000, "
@@ -72,14 +73,18 @@ def test_supports_tell_a_line_a_loss_and_seed(ended: Ended) -> None:
         for seed in (0, 1)
         for loss in ("sampled", "student_topk, k = 4")
     ]
-    assert (len(results["runs"]), len(results["starts"])) == (4, 2)
+    assert len(results["runs"]) == 4
+    assert results["starts"] == [{"seed": seed, **END} for seed in (0, 1)]
 
 
 def test_staleness_tells_how_old_an_arm_s_rollouts_were(ended: Ended) -> None:
     about = {"seed": 0, "loss": "sampled", "mean_age": 1.5, "ess": 0.8, "updates": 64}
     ends = [
         {**about, **END, "teacher_tokens": 8000, **how}
-        for how in ({"lag": 4}, {"replayed": 3, "parts": 4})
+        for how in (
+            *({"lag": lag} for lag in (0, 4)),
+            *({"replayed": n, "parts": parts} for n, parts in ((3, 4), (0, 4), (0, 2))),
+        )
     ]
     trained: list[Any] = []
     arms = [SimpleNamespace(train=trained.append, end=given(one)) for one in ends]
@@ -87,12 +92,13 @@ def test_staleness_tells_how_old_an_arm_s_rollouts_were(ended: Ended) -> None:
         *(staleness, "staleness-8"),
         Processes=given("one"),
         arms=given(arms),
-        begun=given({"seed": 0, **END}),
+        begun=given(END),
     )
-    assert trained == ["one", "one"]
+    assert trained == ["one"] * 5
     rest = "(1.5 rounds old in the mean): reverse KL 0.2500, accuracy 0.500, ESS 0.80, 64 updates,"
     assert printed == [
-        f"seed 0 sampled, {how} {rest} 8,000 teacher tokens" for how in ("lag 4", "replayed 3")
+        f"seed 0 sampled, {how} {rest} 8,000 teacher tokens"
+        for how in ("lag 0", "lag 4", "replayed 3", "replayed 0", "replayed 0")
     ]
     assert results["runs"] == ends
 
@@ -185,12 +191,25 @@ def test_reverse_distillation_tells_every_round_apart(
     assert set(results["accuracy_of_base_minus"]) == {"idle", "pruned"}
 
 
-def test_an_age_that_one_seed_lacks_is_the_other_s_mean() -> None:
+def test_ages_that_a_seed_lacks_have_no_mean() -> None:
     def run(seed: int, lag: int, kl: float) -> dict[str, Any]:
         about = {"seed": seed, "loss": "sampled", "lag": lag, "mean_age": lag, "ess": 1.0}
         return {**about, **END, "reverse_kl": kl}
 
     figure = staleness.picture([run(0, 4, 0.4), run(1, 0, 0.2), run(0, 0, 0.1)])
     *seeds, mean = ([*map(list, line.get_data())] for line in figure.axes[0].get_lines())
-    assert seeds == [[[0, 4], [0.1, 0.4]], [[0, None], [0.2, None]]]
-    assert mean == [[0, 4], [pytest.approx(0.15), 0.4]]
+    assert seeds == [[[0, 4], [0.1, 0.4]], [[0], [0.2]]]
+    assert mean == [[0], [pytest.approx(0.15)]]
+
+
+def test_a_seed_that_was_stopped_is_drawn_as_far_as_it_came() -> None:
+    def run(seed: int, entries: int, kl: float) -> dict[str, Any]:
+        of = dict.fromkeys(truncation.MEASURED, kl)
+        about = {"seed": seed, "loss": "draws", "bytes_per_token": 10 * entries + seed}
+        return {**about, "entries": entries, **of}
+
+    panels = truncation.panels([run(0, 8, 0.4), run(0, 32, 0.2), run(1, 8, 0.3)])
+    assert [panel.runs for panel in panels] == [
+        [("draws", [80, 320], [0.4, 0.2]), ("draws", [81, None], [0.3, None])]
+    ] * len(truncation.MEASURED)
+    assert plots.drawn(panels).axes[0].get_lines()[-1].get_xdata() == [80.5]

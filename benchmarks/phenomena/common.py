@@ -152,7 +152,7 @@ class Bench:
     def run(self, name: str, config: dict[str, Any], *stages: str) -> RunFolder:
         """Write a run file and carry it out: all of it, or some stages of round 0.
 
-        Of all of it, what it would go on from is deleted: the arms are many, and it is 2 GB.
+        After a whole run its checkpoint is deleted, 2 GB that would serve further rounds alone.
         """
         file = self.file(name, config)
         if not stages:
@@ -271,8 +271,7 @@ def beginning(bench: Bench, seed: int, rounds: int) -> Sequence[Path]:
 
 def begun(bench: Bench, seed: int, rounds: int) -> dict[str, Any]:
     """The last of these policies on held-out prompts; nothing of the model itself."""
-    end = ended(bench, _begun(seed, rounds), bench.taught, rounds) if rounds else {}
-    return {"seed": seed, **end}
+    return ended(bench, _begun(seed, rounds), bench.taught, rounds) if rounds else {}
 
 
 LATER = 900

@@ -53,8 +53,32 @@ def lines(curves: Curves, across: str, ticks: Sequence[str] | None = None) -> Fi
     return figure
 
 
+Row = Mapping[str, Any]
+Run = tuple[str, int]
+"""An arm's name, and its seed."""
+
+
+def aligned(rows: Sequence[tuple[Run, Any, Row]]) -> dict[Run, list[Row | None]]:
+    """Of each run the rows at all places that any run of its arm has, in order.
+
+    Args:
+        rows: run and place of each.
+    """
+    places: dict[str, set[Any]] = {}
+    of: dict[Run, dict[Any, Row]] = {}
+    for run, place, row in rows:
+        places.setdefault(run[0], set()).add(place)
+        of.setdefault(run, {})[place] = row
+    return {run: [held.get(place) for place in sorted(places[run[0]])] for run, held in of.items()}
+
+
+def values(rows: Sequence[Row | None], value: Callable[[Any], float]) -> Values:
+    """Of aligned rows."""
+    return [None if row is None else value(row) for row in rows]
+
+
 def drawn(panels: Sequence[Panel]) -> Figure:
-    """A figure with the panels; seeds are thin, their mean is thick."""
+    """A figure with the panels; seeds are thin, their mean is thick, where all have a value."""
     figure = Figure(figsize=(3.4 * len(panels), 3.4), layout="constrained")
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for axis, panel in zip(axes, panels, strict=True):
@@ -63,15 +87,10 @@ def drawn(panels: Sequence[Panel]) -> Figure:
             arms.setdefault(name, []).append((places, values))
         for colour, (name, seeds) in enumerate(arms.items()):
             style = {"color": f"C{colour}"}
-            for places, values in seeds if len(seeds) > 1 else ():
-                axis.plot(places, values, alpha=0.35, linewidth=0.8, marker=".", **style)
-            axis.plot(
-                *map(_means, zip(*seeds, strict=True)),
-                marker="o",
-                markersize=3,
-                label=name,
-                **style,
-            )
+            for seed in seeds if len(seeds) > 1 else ():
+                axis.plot(*_held(*seed), alpha=0.35, linewidth=0.8, marker=".", **style)
+            means = _held(*map(_means, zip(*seeds, strict=True)))
+            axis.plot(*means, marker="o", markersize=3, label=name, **style)
         axis.set(title=panel.title, xlabel=panel.across)
         if panel.logarithmic:
             axis.set_xscale("log")
@@ -96,4 +115,11 @@ def _means(seeds: Sequence[Values]) -> list[float | None]:
 
 def _mean(values: Values) -> float | None:
     held = [value for value in values if value is not None]
-    return sum(held) / len(held) if held else None
+    return sum(held) / len(held) if len(held) == len(values) else None
+
+
+def _held(places: Values, values: Values) -> tuple[list[float], list[float]]:
+    """Those that are there."""
+    pairs = zip(places, values, strict=True)
+    held = [(x, y) for x, y in pairs if x is not None and y is not None]
+    return [x for x, _ in held], [y for _, y in held]

@@ -1,20 +1,21 @@
 """What an experiment found, as JSON beside its runs."""
 
+import fcntl
 import json
+from collections.abc import Callable
 from typing import Any
 
 from .common import Bench
 
-PARTS = ("seeds", "losses", "lags", "replays", "out", "model")
-"""Arguments in which the commands of one experiment may differ: parts of it, and places."""
+PARTS = ("seeds", "losses", "lags", "replays", "out")
+"""Arguments in which the commands of one experiment may differ."""
 
 Row = dict[str, Any]
 
 
 def written(bench: Bench, name: str, **results: Any) -> None:
     """Write an experiment's results, with its arguments."""
-    whole = {"arguments": _arguments(bench), **results}
-    (bench.out / f"{name}.json").write_text(json.dumps(whole, indent=1) + "\n")
+    _write(bench, name, {"arguments": _arguments(bench), **results})
 
 
 class Rows:
@@ -25,17 +26,13 @@ class Rows:
         by: keys that tell the rows apart.
 
     Raises:
-        SystemExit: the others had other arguments.
+        SystemExit: the others had other settings.
     """
 
     def __init__(self, bench: Bench, name: str, *by: str) -> None:
         self._bench, self._name, self._by = bench, name, by
-        self._file, asked = bench.out / f"{name}.json", _arguments(bench)
-        found = self._found.get("arguments", asked)
-        for key in (key for key in asked if key not in PARTS):
-            if found.get(key) != asked[key]:
-                option = f"--{key.replace('_', '-')} {found.get(key)}"
-                raise SystemExit(f"{self._file}: of {option}; ask for that, or another --out")
+        self._file = bench.out / f"{name}.json"
+        self._same(self._found)
 
     @property
     def runs(self) -> list[Row]:
@@ -45,20 +42,36 @@ class Rows:
 
     def add(self, run: Row, **results: Any) -> None:
         """Write a run's row, and what else is told."""
-        self._write(results | {"runs": _with(self.runs, run, self._by)})
+        self._change(lambda of: {**results, "runs": _with(of.get("runs", []), run, self._by)})
 
-    def begin(self, start: Row) -> None:
-        """Write where a seed's runs began."""
-        self._write({"starts": _with(self._found.get("starts", []), start, ("seed",))})
+    def begin(self, seed: int, start: Row) -> None:
+        """Write where a seed's runs began, if that is told."""
+        row = {"seed": seed, **start}
+        if start:
+            self._change(lambda of: {"starts": _with(of.get("starts", []), row, ("seed",))})
 
     @property
-    def _found(self) -> dict[str, Any]:
+    def _found(self) -> Row:
         return json.loads(self._file.read_text()) if self._file.exists() else {}
 
-    def _write(self, results: dict[str, Any]) -> None:
-        whole = {**self._found, **results}
-        whole.pop("arguments", None)
-        written(self._bench, self._name, **whole)
+    @property
+    def _settings(self) -> dict[str, str]:
+        return {k: v for k, v in _arguments(self._bench).items() if k not in PARTS}
+
+    def _same(self, found: Row) -> None:
+        held = found.get("arguments", {})
+        for key, value in self._settings.items():
+            if held.get(key, value) != value:
+                option = f"--{key.replace('_', '-')} {held[key]}"
+                raise SystemExit(f"{self._file}: of {option}; ask for that, or another --out")
+
+    def _change(self, of: Callable[[Row], Row]) -> None:
+        self._bench.out.mkdir(parents=True, exist_ok=True)
+        with self._file.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            found = self._found
+            self._same(found)
+            _write(self._bench, self._name, {**found, "arguments": self._settings, **of(found)})
 
 
 def _with(rows: list[Row], row: Row, by: tuple[str, ...]) -> list[Row]:
@@ -69,5 +82,12 @@ def _with(rows: list[Row], row: Row, by: tuple[str, ...]) -> list[Row]:
     return [*rows[:at], row, *rows[at + 1 :]]
 
 
+def _write(bench: Bench, name: str, whole: Row) -> None:
+    draft = bench.out / f".{name}.json"
+    draft.write_text(json.dumps(whole, indent=1) + "\n")
+    draft.replace(bench.out / f"{name}.json")
+
+
 def _arguments(bench: Bench) -> dict[str, str]:
-    return {key: str(value) for key, value in vars(bench.asked).items()}
+    asked = {key: str(value) for key, value in vars(bench.asked).items()}
+    return asked | {"model": str(bench.model)}

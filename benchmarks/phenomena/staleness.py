@@ -22,6 +22,7 @@ policy recorded: older ones are refused, so it has a lag of 0 alone.
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from shutil import rmtree
 from typing import Any, ClassVar
@@ -46,7 +47,7 @@ from .common import (
     importable,
     weighted,
 )
-from .plots import Panel, Values, drawn, save
+from .plots import Panel, aligned, drawn, save, values
 from .results import Rows
 
 LAGS = (0, 1, 2, 4)
@@ -239,26 +240,23 @@ def picture(runs: Sequence[dict[str, Any]]) -> Figure:
         "accuracy (avg@4)": lambda run: run["accuracy"]["value"],
         "ESS": lambda run: run["ess"],
     }
-    of: dict[tuple[str, int], dict[int, dict[str, Any]]] = {}
-    ages: dict[str, set[int]] = {}
-    for run in runs:
-        parted = "parts" in run
-        name = f"{run['loss']}, 1/{run['parts']} of the tokens" if parted else run["loss"]
-        age = run["replayed" if parted else "lag"]
-        of.setdefault((name, run["seed"]), {})[age] = run
-        ages.setdefault(name, set()).add(age)
-
-    def values(name: str, seed: int, value: Callable[[dict[str, Any]], float]) -> Values:
-        held = of[name, seed]
-        return [value(held[age]) if age in held else None for age in sorted(ages[name])]
-
+    named = [
+        (f"{run['loss']}, 1/{run['parts']} of the tokens", run["replayed"], run)
+        if "parts" in run
+        else (run["loss"], run["lag"], run)
+        for run in runs
+    ]
+    of = aligned([((name, run["seed"]), age, run) for name, age, run in named])
     across = "mean age of the rollouts, rounds"
     return drawn(
         [
             Panel(
                 title,
                 across,
-                [(n, values(n, s, lambda r: r["mean_age"]), values(n, s, value)) for n, s in of],
+                [
+                    (name, values(rows, itemgetter("mean_age")), values(rows, value))
+                    for (name, _), rows in of.items()
+                ],
             )
             for title, value in panels.items()
         ]
@@ -280,7 +278,7 @@ def main() -> None:
         for arm in arms(bench, seed):
             arm.train(started)
             rows.add(arm.end())
-        rows.begin(begun(bench, seed, asked.begin))
+        rows.begin(seed, begun(bench, seed, asked.begin))
     for run in rows.runs:
         what = f"replayed {run['replayed']}" if "parts" in run else f"lag {run['lag']}"
         print(

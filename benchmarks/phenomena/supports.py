@@ -70,7 +70,7 @@ def main() -> None:
                     **by_round(bench.out, run, VERIFIER),
                 }
             )
-        rows.begin(begun(bench, seed, asked.begin))
+        rows.begin(seed, begun(bench, seed, asked.begin))
     for one in rows.runs:
         last = one["accuracy"]
         print(

@@ -15,6 +15,7 @@ The teacher scores in ``--dtype``; it is compared with in float32.
 """
 
 from collections.abc import Iterator
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from opdcache.store.rollouts import token_lists
 
 from .common import Bench, arguments, manifests, stored
 from .damaged import damaged, healing
-from .plots import Panel, drawn, save
+from .plots import Panel, aligned, drawn, save, values
 from .results import Rows
 
 LENGTH = 48
@@ -221,18 +222,18 @@ def as_large(run: dict[str, Any], runs: list[dict[str, Any]]) -> dict[str, float
 
 def panels(runs: list[dict[str, Any]]) -> list[Panel]:
     """Each figure by bytes a token, a curve a loss and seed."""
-    arms = list(dict.fromkeys((run["loss"], run["seed"]) for run in runs))
+    of = aligned([((run["loss"], run["seed"]), run["entries"], run) for run in runs])
     return [
         Panel(
             title,
             "bytes a token",
             [
                 (
-                    arm[0],
-                    [r["bytes_per_token"] for r in runs if (r["loss"], r["seed"]) == arm],
-                    [r[key] for r in runs if (r["loss"], r["seed"]) == arm],
+                    loss,
+                    values(rows, itemgetter("bytes_per_token")),
+                    values(rows, itemgetter(key)),
                 )
-                for arm in arms
+                for (loss, _), rows in of.items()
             ],
             logarithmic=True,
         )
