@@ -234,9 +234,11 @@ def test_draws_are_set_against_the_bucket_at_their_bytes() -> None:
         return {"seed": seed, "loss": loss, "bytes_per_token": size, **measured}
 
     tail = "top k and tail"
-    runs = [run(tail, 10, 3.0), run(tail, 1000, 1.0), run(tail, 100, 99.0, seed=1)]
+    runs = [run(tail, 1000, 1.0), run(tail, 10, 3.0), run(tail, 100, 99.0, seed=1)]
     told = truncation.as_large(run("draws", 100, 0.0), runs)
     assert told["forward_kl"] == pytest.approx(2.0)
+    assert truncation.as_large(run("draws", 1, 0.0), runs)["forward_kl"] == 3.0
+    assert truncation.as_large(run("draws", 100, 0.0, seed=2), runs) == {}
 
 
 @pytest.mark.parametrize(

@@ -160,6 +160,27 @@ def test_truncation_sets_draws_against_the_bucket(ended: Ended) -> None:
     assert len(results["runs"]) == sum(len(sizes) for _, sizes in truncation.ARMS.values())
 
 
+def test_some_arms_of_truncation_are_trained_alone(ended: Ended) -> None:
+    trained: list[tuple[str, int]] = []
+
+    def arm(bench: common.Bench, loss: str, num: int, seed: int, rollouts: str) -> str:
+        trained.append((loss, num))
+        return "run"
+
+    printed, _ = ended(
+        *(truncation, "truncation", "--losses", "draws", "top k, truncated"),
+        *("--entries", "8", "4", "128"),
+        sampled=given(None),
+        sequences=given(None),
+        damaged=given(Path("damaged")),
+        arm=arm,
+        bytes_per_token=lambda folder, cache, num: float(num),
+        against=given(dict.fromkeys([*truncation.MEASURED, "full_mass"], 0.5)),
+    )
+    assert trained == [("draws", 8), ("draws", 128), ("top k, truncated", 4)]
+    assert len(printed) == 1 + 3
+
+
 def test_reverse_distillation_tells_every_round_apart(
     ended: Ended, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from .common import Bench
 
-PARTS = ("seeds", "losses", "lags", "replays", "out")
+PARTS = ("seeds", "losses", "lags", "replays", "entries", "out")
 """Arguments in which the commands of one experiment may differ."""
 
 Row = dict[str, Any]

@@ -53,6 +53,7 @@ ARMS: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
     "draws": ({"support": "draws", "direction": "forward", "normalisation": "none"}, DRAWS),
 }
 """Loss, and how many entries: from few to many, or the shards of many would serve few."""
+ENTRIES = sorted({num for _, sizes in ARMS.values() for num in sizes})
 MEASURED = {"forward_kl": "forward KL (nats)", "reverse_kl": "reverse KL (nats)", "ece": "ECE"}
 
 
@@ -168,6 +169,8 @@ def calibration_error(confidence_T: Tensor, right_T: Tensor) -> float:
 def main() -> None:
     """Train every arm, and write ``truncation.json`` and ``.png``."""
     parser = arguments(__doc__)
+    parser.add_argument("--losses", nargs="+", default=list(ARMS), choices=list(ARMS))
+    parser.add_argument("--entries", type=int, nargs="+", default=list(ENTRIES), choices=ENTRIES)
     parser.set_defaults(rounds=1, prompts=256, evaluated=64, lr=5e-5)
     asked = parser.parse_args()
     if max(asked.seeds) >= HELD_OUT:
@@ -179,8 +182,8 @@ def main() -> None:
     for seed in asked.seeds:
         trained_on = f"whole-{seed}"
         sampled(bench, trained_on, seed, asked.prompts)
-        for loss, (_, sizes) in ARMS.items():
-            for num in sizes:
+        for loss in asked.losses:
+            for num in (n for n in ARMS[loss][1] if n in asked.entries):
                 folder = bench.folder(arm(bench, loss, num, seed, trained_on))
                 rows.add(
                     {
@@ -198,8 +201,8 @@ def main() -> None:
             f"seed {run['seed']} {run['loss']}, {run['entries']:,} "
             f"({run['bytes_per_token']:.1f} bytes a token): {said(run)}"
         )
-        if run["loss"] == "draws":
-            print(f"    top k and tail, as many bytes: {said(as_large(run, rows.runs))}")
+        if run["loss"] == "draws" and (bucket := as_large(run, rows.runs)):
+            print(f"    top k and tail, as many bytes: {said(bucket)}")
     save(drawn(panels(rows.runs)), bench.out / "truncation.png")
 
 
@@ -212,9 +215,12 @@ def said(of: dict[str, Any]) -> str:
 
 def as_large(run: dict[str, Any], runs: list[dict[str, Any]]) -> dict[str, float]:
     """What the top k with a bucket reaches at the bytes of another run of the seed: between two k,
-    by the logarithm of the bytes."""
+    by the logarithm of the bytes; at the nearest k beyond them; nothing where none was trained."""
     loss = "top k and tail"
     others = [one for one in runs if (one["seed"], one["loss"]) == (run["seed"], loss)]
+    if not others:
+        return {}
+    others.sort(key=itemgetter("bytes_per_token"))
     sizes = np.log([one["bytes_per_token"] for one in others])
     at = np.log(run["bytes_per_token"])
     return {key: float(np.interp(at, sizes, [one[key] for one in others])) for key in MEASURED}
