@@ -92,7 +92,7 @@ def test_every_default_with_a_reason_is_the_schema_s() -> None:
             "prompts": {"source": {"type": "jsonl", "path": "p"}},
         }
     )
-    rows = re.findall(r"^\| `([\w.]+)` \| (\S+) \| (.+) \|$", text("docs/defaults.md"), re.M)
+    rows = re.findall(r"^\| `([\w.]+)` \| (.+?) \| (.+) \|$", text("docs/defaults.md"), re.M)
     assert len(rows) > 20
     for key, default, _ in rows:
         assert default == str(reduce(getattr, key.split("."), whole)), key

@@ -34,7 +34,7 @@ EVERY_LOSS = [
         get_args(Support), get_args(Direction), get_args(Normalisation), (1, 16)
     )
 ]
-# METHOD.md's table, written out: support -> (direction, normalisation)
+# The losses that there are, written out: support -> (direction, normalisation)
 ON_A_SUPPORT = {
     *itertools.product(("reverse", "forward", "jsd"), ("tail", "renormalised")),
     ("reverse", "truncated"),
