@@ -83,8 +83,8 @@ def drawn(panels: Sequence[Panel]) -> Figure:
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for axis, panel in zip(axes, panels, strict=True):
         arms: dict[str, list[tuple[Values, Values]]] = {}
-        for name, places, values in panel.runs:
-            arms.setdefault(name, []).append((places, values))
+        for name, at, of in panel.runs:
+            arms.setdefault(name, []).append((at, of))
         for colour, (name, seeds) in enumerate(arms.items()):
             style = {"color": f"C{colour}"}
             for seed in seeds if len(seeds) > 1 else ():
